@@ -287,7 +287,7 @@ class Architecture:
     """The sizes of an OpenVLAOFT, kept in its config.json. The defaults are the laptop's: 0.35M parameters."""
     towers: tuple = (dict(dim=48), dict(dim=48))  # arguments of Keypoints, or of Tower where depth is among them
     llm: dict = field(default_factory=lambda: dict(
-        vocab_size=259, hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4))
+        vocab_size=259, hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4))
     prompt: str = "{}"  # the instruction goes in the braces
     whole_gradient: bool = True  # False: gradient through the last positions only, as the 7B trains
     log_scale_range: tuple = (math.log(0.1), math.log(0.2))  # clamp of log b, normalised action units
@@ -299,7 +299,7 @@ class OpenVLAOFT(nn.Module):
     """OpenVLA-OFT with a Laplace scale head: two vision towers, Llama with bidirectional attention, L1 head.
 
     One class for the 7B and for the laptop; its module names are those of the released checkpoints. Sequence:
-    [padding] BOS | patches of each camera | proprio | prompt, space | 7 H zeros | stop. Heads read the final hidden
+    BOS | patches of each camera | proprio | padding, prompt, space | 7 H zeros | stop. Heads read the final hidden
     state of the space and of the first 7 H - 1 zeros (each predicts its successor).
     """
     ACTION_DIM, BOS, STOP = 7, 1, 2
@@ -359,7 +359,7 @@ class OpenVLAOFT(nn.Module):
 
     # -- the forward pass
     def _embed(self, observations, instructions):
-        """-> embeddings (B, S, D), mask (B, 1, S, S) and position ids (B, S) of the whole sequence, left-padded."""
+        """-> embeddings (B, S, D), mask (B, 1, S, S) and position ids (B, S) of the whole sequence."""
         model, device = self.language_model.model, self.action_head["model"].fc1.weight.device
         dtype = model.embed_tokens.weight.dtype
         pictures = torch.as_tensor(np.stack([o["pictures"] for o in observations]), device=device)  # B V h w 3
@@ -371,19 +371,15 @@ class OpenVLAOFT(nn.Module):
         proprio = np.clip(2 * (np.stack([o["proprio"] for o in observations]) - low) / width - 1, -1, 1)
         proprio = self.proprio_projector(torch.as_tensor(proprio, device=device).to(dtype))[:, None]
         prompts = [[byte + 3 for byte in self.arch.prompt.format(i.lower()).encode()] + [35] for i in instructions]
-        pad = [max(map(len, prompts)) - len(p) for p in prompts]
-        ids = torch.tensor([[0] * n + [self.BOS] + p + [self.STOP] for n, p in zip(pad, prompts)], device=device)
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[self.BOS] + [0] * (longest - len(p)) + p + [self.STOP] for p in prompts], device=device)
         words = model.embed_tokens(ids)
-        rows = []
-        for i in range(B):  # BOS moves in front of the pictures, padding in front of BOS
-            k = pad[i] + 1
-            rows.append(torch.cat([words[i, :k], patches[i], proprio[i], words[i, k:-1],
-                                   words.new_zeros(self.ACTION_DIM * self.arch.actions, words.shape[-1]), words[i, -1:]]))
-        embeddings = torch.stack(rows)  # B S D
-        S = embeddings.shape[1]
-        real = torch.arange(S, device=device) >= torch.tensor(pad, device=device)[:, None]  # B S
-        positions = (real.cumsum(-1) - 1).clamp(min=0)
-        return embeddings, real[:, None, None].expand(B, 1, S, S), positions
+        zeros = words.new_zeros(B, self.ACTION_DIM * self.arch.actions, words.shape[-1])
+        x = torch.cat([words[:, :1], patches, proprio, words[:, 1:-1], zeros, words[:, -1:]], 1)  # B S D
+        before = 1 + patches.shape[1] + 1 + longest - torch.tensor([len(p) for p in prompts], device=device)[:, None]
+        index = torch.arange(x.shape[1], device=device)
+        real = (index < 2 + patches.shape[1]) | (index >= before)  # B S: False for the padding before a short prompt
+        return x, real[:, None, None].expand(-1, 1, x.shape[1], -1), real.cumsum(-1) - 1
 
     def _hidden(self, observations, instructions):
         """Final hidden states that the heads read: (B, 7 H, D). With a short gradient, the prefix comes from a cache."""
