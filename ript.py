@@ -1,151 +1,158 @@
 """RIPT-VLA in one file: reinforcement post-training of vision-language-action policies (arXiv 2505.17016).
 
-Stage 1 pretrains a policy on many demonstrations and stage 2 fine-tunes it on a few of the task (SFT). Stage 3,
-implemented here, lets it act: a rollout succeeds or it does not, and the policy learns from that bit alone.
+Stage 1 pretrains a policy on many demonstrations, stage 2 fine-tunes it on a few of the task (SFT). Stage 3 lets it
+act in a simulator: a rollout succeeds or it does not, and the policy learns from that bit alone.
 
     Algorithm 1   repeat M times:
       1-3           freeze the sampling policy: psi <- theta
-      4-6           until B rollouts are kept: draw a context c, draw K rollouts from psi, reward each with R in {0, 1}
-      7-10          A_k = R_k - mean of the other K - 1 rewards                                             (Eq. 5)
+      4-6           until B rollouts are kept: draw a context c, draw K rollouts from psi, reward each R in {0, 1}
+      7-10          A_k = R_k - mean of the other K - 1 rewards                                        (Eq. 5)
       11-14         if every A_k is zero, reject the group and draw another context; otherwise keep it
-      15-17         N passes of minibatches over the kept rollouts, minimising                              (Eq. 6)
+      15-17         N passes of minibatches over the kept rollouts, minimising                         (Eq. 6)
                     -min(r A, clip(r, 1 - eps, 1 + eps) A),  r = pi_theta(a | o) / pi_psi(a | o)
 
-Departures. From the paper: initial states are drawn from the task itself unless --demos gives the demonstrations'.
-From the released code: an action is scored with the very density it was drawn from, in float32; the steps of a chunk
-that came after success do not count; minibatch borders leave no gradient over; the K rollouts of a group share one
-scene, because the simulator is seeded anew at every episode; pictures are drawn only when the policy looks.
+Departures. From the paper: contexts are drawn from the task itself unless --demos gives the demonstrations'. From
+the released code: an action is scored with the density it was drawn from, in float32; steps of a chunk after success
+do not count; minibatch borders leave no gradient over; the simulator is seeded anew at every episode, so that the K
+rollouts of a group share one scene; pictures are drawn only when the policy looks.
 
-    python ript.py                                             the laptop: MuJoCo, two cores, ten minutes, no download
-    python ript.py --suite libero_object --task 0              the same small policy in LIBERO
-    python ript.py --eval --checkpoint runs/X/best             evaluate what a run has saved
-    python ript.py --help                                      every setting
+    python ript.py                                            the laptop: MuJoCo on two cores, no download
+    python ript.py --suite libero_object --task 0             the same small policy in LIBERO
+    python ript.py --eval --checkpoint runs/tabletop/best     evaluate what a run has saved
 
 Shapes: B batch, C contexts, K rollouts, E episodes, S steps, H action steps per query, A action dimensions, D width.
 """
 import os
-for _name, _value in dict(MUJOCO_GL="egl", OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0").items():
-    os.environ.setdefault(_name, _value)  # before the first import of mujoco and of OpenMP; children inherit them
+import sys
+for _name, _value in dict(MUJOCO_GL="egl", OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0",
+                          LIBERO_CONFIG_PATH=f"{sys.prefix}/.libero").items():
+    os.environ.setdefault(_name, _value)  # read when mujoco, OpenMP and LIBERO are imported, here and in child processes
 
-import csv
 import dataclasses
 import io
 import json
 import logging
 import math
 import multiprocessing
-import sys
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Literal, Optional
 
 import h5py
+import imageio
+import mujoco
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
+from scipy.spatial.transform import Rotation
 from scipy.stats import binomtest
 from torch import nn
 from tqdm import tqdm
 from transformers import DynamicCache, HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 
-# ------------------------------------------------------------------------------------------- 1. Configuration
+# --------------------------------------------------------------------------------------- 1. Configuration
 def option(default, text):
-    """A field of Config: its default, and the line that --help prints."""
+    """A field of Config: its default, and what --help says of it."""
     return field(default=default, metadata={"help": text})
+
+
+LIBERO = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+SUITES = ("tabletop", "tabletop_pretrain", *LIBERO, "libero_long")
 
 
 @dataclass
 class Config:
-    """Every setting. A preset of (model, suite) overrides the dataclass, the command line overrides both."""
-    model: str = option("tiny", "policy: tiny (OpenVLA-OFT at laptop size)")
-    suite: str = option("tabletop", "tabletop, tabletop_pretrain, libero_{spatial,object,goal,10,long,90}")
-    task: int = option(-1, "train and evaluate this task of the suite alone; -1: all of them")
-    checkpoint: str = option("", "directory of the policy to start from; empty: random weights")
-    out: str = option("runs/latest", "output directory: config, metrics, curve, videos, checkpoints")
-    resume: str = option("", "output directory of a run to continue after its last complete iteration")
+    """Every setting. The preset of (model, suite) overrides these defaults, the command line overrides both."""
+    model: Literal["tiny"] = option("tiny", "the policy; tiny is an OpenVLA-OFT of laptop size")
+    suite: Literal[SUITES] = option("tabletop", "the tasks; libero_long is libero_10")
+    task: int = option(-1, "only this task of the suite; -1: all of them")
+    checkpoint: str = option("", "directory of the policy to start from; none: random weights")
+    out: str = option("runs/latest", "directory for configuration, metrics, curve, videos and checkpoints")
+    resume: str = option("", "directory of a run to continue after its last complete iteration")
     eval: bool = option(False, "evaluate --checkpoint and stop")
-    demos: str = option("", "directory of LIBERO's HDF5 demonstrations: for SFT, and as the contexts D_context")
-    seed: int = option(0, "seed of demonstrations, contexts, exploration and minibatches")
+    demos: str = option("", "directory of LIBERO's HDF5 demonstrations: for SFT, and as the contexts, D_context")
+    seed: int = option(0, "seed of weights, demonstrations, contexts, exploration and minibatches")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "torch device of the policy")
     # Stage 2: supervision
-    demos_per_task: int = option(10, "demonstrations per task; scripted unless --demos is given")
-    demo_noise: float = option(0.3, "noise on a scripted demonstration's motion (labels stay clean), in action units")
-    sft_steps: int = option(0, "steps of supervised fine-tuning (L1 loss); 0: none")
+    demos_per_task: int = option(10, "scripted demonstrations per task, where --demos gives none")
+    sft_steps: int = option(0, "optimiser steps of supervised fine-tuning, L1 loss")
     sft_lr: float = option(1e-3, "learning rate of SFT, with warm-up and cosine decay")
-    sft_batch: int = option(64, "action chunks per step of SFT and of the scale head's fit")
-    scale_steps: int = option(500, "steps of the Laplace scale head's fit (NLL, everything else frozen); 0: none")
+    sft_batch: int = option(64, "action chunks per step of SFT")
+    scale_steps: int = option(500, "optimiser steps of the scale head, Laplace NLL, everything else frozen")
     # Stage 3: RIPT
     iterations: int = option(12, "outer steps, M")
-    groups: int = option(24, "contexts whose rollouts are kept per iteration, B / K")
+    groups: int = option(24, "groups kept per iteration, B / K")
     rollouts: int = option(8, "rollouts per context, K")
-    max_rejected: int = option(48, "rejected groups after which an iteration goes on with what it has")
+    max_rejected: int = option(48, "rejected groups per iteration after which none is replaced any more")
     passes: int = option(1, "passes over the kept rollouts, N")
-    minibatch: int = option(16, "episodes per optimiser step, over all processes")
-    micro_batch: int = option(64, "action chunks per forward and backward pass: memory, not mathematics")
+    minibatch: int = option(16, "episodes per optimiser step")
+    micro_batch: int = option(64, "action chunks per forward with gradient: memory, not mathematics")
     clip: float = option(0.1, "PPO's clip range, eps")
-    loss_per: str = option("episode", "normaliser of the loss: episode or token")
-    lr: float = option(5e-5, "learning rate (AdamW)")
+    loss_per: Literal["episode", "token"] = option("episode", "what the loss is a mean over")
+    lr: float = option(5e-5, "learning rate, AdamW")
     warmup: int = option(0, "optimiser steps over which the learning rate rises")
-    weight_decay: float = option(1e-4, "weight decay (AdamW)")
-    max_grad_norm: float = option(1.0, "gradient norm is clipped here")
-    target_kl: float = option(math.inf, "no further pass once approx_kl has passed this")
-    scale_multiplier: float = option(1.0, "exploration: factor on the Laplace scale b, in the density throughout")
-    # Evaluation
-    eval_contexts: int = option(50, "held-out contexts per task (LIBERO: its stored states, at most 50)")
+    weight_decay: float = option(1e-4, "weight decay, AdamW")
+    max_grad_norm: float = option(1.0, "the gradient's norm is clipped here")
+    target_kl: float = option(math.inf, "no further pass after one whose approx_kl is above this")
+    scale_multiplier: float = option(1.0, "factor on the Laplace scale b, when sampling and when scoring")
+    # Evaluation and simulation
+    eval_contexts: int = option(50, "held-out contexts per task; LIBERO stores 50")
     eval_every: int = option(5, "iterations between evaluations; 0: only before and after")
-    # Simulation
     workers: int = option(min(os.cpu_count() or 1, 16), "simulator processes")
     image_size: int = option(256, "height and width of the two pictures, pixels")
-    collision: bool = option(False, "draw collision meshes in plain colours: fast without a GPU")
-    act_batch: int = option(0, "observations per forward when acting; 1: results do not depend on workers; 0: all")
+    collision: bool = option(False, "draw collision meshes in plain colours: 10 times faster without a GPU")
+    act_batch: int = option(0, "observations per forward when acting, 0: all; at 1 nothing depends on --workers")
 
 
-TINY = dict(image_size=64, collision=True, act_batch=1)
-TABLETOP = dict(TINY, demo_noise=0.3)
-PRESETS: dict[tuple[str, str], dict[str, Any]] = {
-    ("tiny", "tabletop_pretrain"): dict(TABLETOP, demos_per_task=150, sft_steps=2000, iterations=0, scale_steps=0),
-    ("tiny", "tabletop"): dict(TABLETOP, checkpoint=str(Path(__file__).parent / "assets" / "tabletop"),
-                               demos_per_task=3, sft_steps=100, sft_lr=1e-4, iterations=15, groups=16, passes=3,
-                               minibatch=64, micro_batch=256, clip=0.2, lr=1.5e-4, warmup=12, target_kl=0.1),
-}
-LIBERO = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
-HORIZON = dict(zip(LIBERO, (220, 280, 300, 520, 400)), tabletop=40, tabletop_pretrain=40)  # control steps
-SETTLE = 10  # control steps that LIBERO's objects get to come to rest
-MUJOCO = "3.3.2"  # another one draws darker pictures (3.3.3) or breaks a stored initial state (3.4.0)
+TINY = dict(image_size=64, collision=True, act_batch=1, sft_steps=2000, passes=3, minibatch=64, micro_batch=256,
+            clip=0.2, lr=1e-4, warmup=12, target_kl=0.1)
+PRESETS = {("tiny", suite): dict(TINY, out=f"runs/{suite}") for suite in LIBERO} | {
+    ("tiny", "tabletop_pretrain"): dict(TINY, out="runs/pretrain", demos_per_task=150, scale_steps=0, iterations=0),
+    ("tiny", "tabletop"): dict(TINY, out="runs/tabletop", checkpoint=f"{Path(__file__).parent}/assets/tabletop",
+                               demos_per_task=1, sft_steps=50, sft_lr=1e-4, iterations=15, groups=16)}
+HORIZON = dict(zip(LIBERO, (220, 280, 300, 520, 400)), tabletop=32, tabletop_pretrain=32)  # control steps, 20 a second
+MUJOCO = "3.3.2"  # others draw darker pictures (from 3.3.3) or break a stored state of LIBERO (from 3.4.0)
+BUMP = (-0.02, 0.02, 0.0)  # tabletop: what the wrist camera was moved by after pretraining, metres
+DEMO_SEEDS, TRAIN_SEEDS = 1_000_000, 10_000_000  # of contexts, apart for each --seed; evaluation has those below
 
 
 class UserError(Exception):
-    """A mistake that its message explains: printed as one sentence, exit status 2."""
+    """Something the user can mend: printed as one sentence, exit status 2."""
+
+
+class Parser(HfArgumentParser):
+    """The command line of Config; mistakes become UserErrors."""
+    def error(self, message):
+        raise UserError(f"{message} (python ript.py --help lists the settings)")
 
 
 def parse_config(argv) -> Config:
-    """Dataclass < preset < command line."""
-    class Parser(HfArgumentParser):
-        def error(self, message):
-            raise UserError(f"{message} (see python ript.py --help)")
-
+    """Dataclass < preset < command line; with --resume, the run's own configuration stands in for the preset."""
     parser = Parser(Config, description=__doc__, allow_abbrev=False)
-    names, _ = parser.parse_known_args(argv)
-    suite = "libero_10" if names.suite == "libero_long" else names.suite
-    if suite not in HORIZON:
-        raise UserError(f"unknown suite {suite!r}: choose from {', '.join(HORIZON)}, libero_long")
-    if names.model not in ("tiny",):
-        raise UserError(f"unknown model {names.model!r}: choose from tiny")
-    parser.set_defaults(**PRESETS.get((names.model, suite), TINY))
-    return dataclasses.replace(Config(**vars(parser.parse_args(argv))), suite=suite)
+    given = parser.parse_known_args(argv)[0]
+    preset = PRESETS[given.model, given.suite.replace("long", "10")]
+    if given.resume:
+        try:
+            preset = json.loads((Path(given.resume) / "config.json").read_text()) | dict(out=given.resume)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot resume {given.resume}: its config.json does not read ({error})") from error
+    parser.set_defaults(**preset)
+    cfg = Config(**vars(parser.parse_args(argv)))
+    return dataclasses.replace(cfg, suite=cfg.suite.replace("long", "10"))
 
 
-# -------------------------------------------------------------------------------------------- 2. The algorithm
+# --------------------------------------------------------------------------------------- 2. The algorithm
 def leave_one_out_advantage(rewards):
-    """A_k = R_k - mean of the other K - 1 rewards of the same context (Eq. 5): (C, K) -> (C, K).
+    """A_k = R_k - mean of the other K - 1 rewards of the context (Eq. 5): (C, K) -> (C, K).
 
-    Raises ValueError for K < 2: a rollout alone has no baseline.
+    Raises ValueError for K < 2: a single rollout has no baseline.
     """
     K = rewards.shape[-1]
     if K < 2:
@@ -159,49 +166,83 @@ def has_signal(rewards):
 
 
 def laplace_log_prob(action, mean, log_scale):
-    """Log-density of a factorised Laplace: (..., A) each -> (...), summed over A, in float32 whatever comes in.
+    """Log-density of a factorised Laplace, (..., A) each -> (...), summed over A, in float32 whatever comes in.
 
-    log p = sum over A of -|action - mean| / b - log(2 b),  b = exp(log_scale). All in normalised action units.
+    log p = sum over A of -|action - mean| / b - log(2 b) with b = exp(log_scale); normalised action units.
     """
     action, mean, log_scale = action.float(), mean.float(), log_scale.float()
     return (-(action - mean).abs() * torch.exp(-log_scale) - log_scale - math.log(2)).sum(-1)
 
 
 def ppo_clip_loss(log_prob, old_log_prob, advantage, mask, clip=0.2, per="episode"):
-    """PPO's clipped objective, negated (Eq. 6), one ratio per executed action step (Eq. 8 sums their logs).
+    """PPO's clipped objective, negated (Eq. 6), with one ratio per executed action step.
 
-    log_prob, old_log_prob (E, S); advantage (E,); mask (E, S) bool, False where no action was executed; clip: eps, or
-    a pair (low, high) for [1 - low, 1 + high]. per="episode": mean over the steps of an episode, then over episodes;
-    per="token": mean over all steps. Returns the loss (scalar) and dict(ratio, clip_frac, approx_kl), means over steps.
+    log_prob, old_log_prob (E, S), advantage (E,), mask (E, S) bool: False where no action was executed. clip is eps,
+    or a pair (low, high) for [1 - low, 1 + high]. per="episode" takes the mean over an episode's steps, then over
+    episodes; per="token" the mean over all steps. Returns the loss, a scalar, and the means over all steps of the
+    ratio, of where the clip cuts the gradient (clip_frac) and of approx_kl. Raises ValueError for another per.
     """
     if per not in ("episode", "token"):
         raise ValueError(f"per must be 'episode' or 'token', got {per!r}")
     low, high = clip if isinstance(clip, (tuple, list)) else (clip, clip)
-    log_ratio = torch.where(mask, log_prob - old_log_prob, 0.0)  # E S: a step that is masked out has ratio 1
+    log_ratio = torch.where(mask, log_prob - old_log_prob, 0.0)  # E S
     ratio, gain = log_ratio.exp(), advantage[:, None]
-    objective = torch.minimum(ratio * gain, ratio.clamp(1 - low, 1 + high) * gain)  # E S
-    steps = mask.sum(-1, keepdim=True) if per == "episode" else mask.sum()
-    weight = mask / steps.clamp(min=1) / (len(mask) if per == "episode" else 1)  # E S, sums to one
+    plain, clipped = ratio * gain, ratio.clamp(1 - low, 1 + high) * gain  # E S
+    token_weight = mask / mask.sum().clamp(min=1)  # E S
+    weight = mask / mask.sum(-1, keepdim=True).clamp(min=1) / len(mask) if per == "episode" else token_weight
     with torch.no_grad():
-        mean = lambda x: (x * mask).sum() / mask.sum().clamp(min=1)
-        stats = dict(ratio=mean(ratio), clip_frac=mean(((ratio < 1 - low) | (ratio > 1 + high)).float()),
-                     approx_kl=mean(ratio - 1 - log_ratio))  # Schulman's k3: unbiased, never negative
-    return -(objective * weight).sum(), stats
+        stats = dict(ratio=ratio, clip_frac=clipped < plain, approx_kl=ratio - 1 - log_ratio)  # Schulman's k3
+        stats = {name: (value * token_weight).sum() for name, value in stats.items()}
+    return -(torch.minimum(plain, clipped) * weight).sum(), stats
 
 
-# ------------------------------------------------------------------------------------------------ 3. Policies
-# A policy is any class with preprocess, act, log_prob, sft_loss, scale_loss, trainable, save and load as below.
-class Tower(nn.Module):
-    """A vision transformer with timm's names (DINOv2 and SigLIP): pictures (B, 3, h, w) -> patches (B, P, dim).
-
-    Reads block depth - 2 without the final norm, as OpenVLA does: the last block and norm are never built.
-    """
-    def __init__(self, dim, depth, heads, mlp_ratio=4.0, prefix=0, layer_scale=False, image_size=224, patch=14):
+# ------------------------------------------------------------------------------------------- 3. Policies
+class MLP(nn.Module):
+    """Linear layers fc1, fc2, ... with exact GELU between them."""
+    def __init__(self, *widths):
         super().__init__()
-        self.prefix, patches = prefix, (image_size // patch) ** 2
+        for i in range(1, len(widths)):
+            self.add_module(f"fc{i}", nn.Linear(widths[i - 1], widths[i]))
+
+    def forward(self, x):
+        first, *others = self.children()
+        x = first(x)
+        for layer in others:
+            x = layer(F.gelu(x))
+        return x
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block with timm's names: LayerNorm eps 1e-6, exact GELU, maybe LayerScale."""
+    def __init__(self, dim, heads, mlp_ratio, layer_scale):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn = nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)))
+        self.mlp = MLP(dim, int(dim * mlp_ratio), dim)
+        for name in ("ls1", "ls2") if layer_scale else ():
+            self.add_module(name, nn.ParameterDict(dict(scale_factor=torch.ones(dim))))
+        self.scales = lambda: [self.ls1["scale_factor"], self.ls2["scale_factor"]] if layer_scale else [1, 1]
+
+    def forward(self, x):
+        (B, P, D), (scale1, scale2) = x.shape, self.scales()
+        q, k, v = self.attn["qkv"](self.norm1(x)).view(B, P, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, P, D)
+        x = x + self.attn["proj"](seen) * scale1
+        return x + self.mlp(self.norm2(x)) * scale2
+
+
+class Tower(nn.Module):
+    """A vision transformer with timm's names (DINOv2, SigLIP): pictures (B, 3, h, w) -> patches (B, P, dim).
+
+    OpenVLA reads block depth - 2, without the final norm: the last block and the norm are not built.
+    """
+    def __init__(self, dim, depth, heads, mlp_ratio=4., prefix=0, layer_scale=False, size=224, patch=14):
+        super().__init__()
+        self.prefix = prefix  # a class token and registers, which get no position
         self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, dim, patch, patch)))
-        self.pos_embed = nn.Parameter(torch.randn(1, patches, dim) * 0.02)
-        if prefix:  # one class token and register tokens, which get no position
+        self.pos_embed = nn.Parameter(torch.randn(1, (size // patch) ** 2, dim) * 0.02)
+        if prefix:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
             self.reg_token = nn.Parameter(torch.zeros(1, prefix - 1, dim))
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, layer_scale) for _ in range(depth - 1))
@@ -209,70 +250,33 @@ class Tower(nn.Module):
     def forward(self, pictures):
         x = self.patch_embed["proj"](pictures).flatten(2).mT + self.pos_embed  # B P D
         if self.prefix:
-            x = torch.cat([t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token)] + [x], 1)
+            x = torch.cat([torch.cat([self.cls_token, self.reg_token], 1).expand(len(x), -1, -1), x], 1)
         for block in self.blocks:
             x = block(x)
         return x[:, self.prefix:]
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block of timm: LayerNorm eps 1e-6, exact GELU, optional LayerScale."""
-    def __init__(self, dim, heads, mlp_ratio, layer_scale):
-        super().__init__()
-        self.heads, hidden = heads, int(dim * mlp_ratio)
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn = nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)))
-        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, hidden), fc2=nn.Linear(hidden, dim)))
-        for name in ("ls1", "ls2") if layer_scale else ():
-            self.add_module(name, nn.ParameterDict(dict(scale_factor=nn.Parameter(torch.ones(dim)))))
-        self.layer_scale = layer_scale
-
-    def forward(self, x):
-        B, P, D = x.shape
-        q, k, v = self.attn["qkv"](self.norm1(x)).view(B, P, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        y = self.attn["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, P, D))
-        x = x + (y * self.ls1["scale_factor"] if self.layer_scale else y)
-        y = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
-        return x + (y * self.ls2["scale_factor"] if self.layer_scale else y)
-
-
 class Keypoints(nn.Module):
-    """A stem that learns to see in minutes: convolutions, then where each channel looks: (B, 3, h, w) -> (B, 1, dim)."""
+    """A tower that learns to see in minutes, by where its channels look: (B, 3, h, w) -> patch (B, 1, dim)."""
     def __init__(self, dim, keypoints=16):
         super().__init__()
-        self.convolutions = nn.Sequential(nn.Conv2d(3, 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(),
-                                          nn.Conv2d(32, keypoints, 1))
+        self.look = nn.Sequential(nn.Conv2d(3, 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(),
+                                  nn.Conv2d(32, keypoints, 1))
         self.read = nn.Linear(2 * keypoints, dim)
 
     def forward(self, pictures):
-        heat = self.convolutions(pictures)
-        h, w = heat.shape[-2:]
-        rows, columns = torch.linspace(-1, 1, h, device=heat.device), torch.linspace(-1, 1, w, device=heat.device)
-        grid = torch.cartesian_prod(rows, columns).to(heat.dtype)  # hw 2
-        return self.read((heat.flatten(2).softmax(-1) @ grid).flatten(1))[:, None]  # spatial softmax: expected positions
-
-
-class MLP(nn.Module):
-    """Linear layers fc1, fc2, ... with exact GELU between them: the projectors of OpenVLA-OFT."""
-    def __init__(self, *widths):
-        super().__init__()
-        for i, (wide, next_wide) in enumerate(zip(widths, widths[1:]), 1):
-            self.add_module(f"fc{i}", nn.Linear(wide, next_wide))
-
-    def forward(self, x):
-        for i, layer in enumerate(self.children()):
-            x = layer(F.gelu(x) if i else x)
-        return x
+        heat = self.look(pictures)  # B keypoints h w
+        grid = torch.cartesian_prod(*(torch.linspace(-1, 1, n).to(heat) for n in heat.shape[-2:]))  # hw 2
+        return self.read((heat.flatten(2).softmax(-1) @ grid).flatten(1))[:, None]  # spatial softmax
 
 
 class MLPResNet(nn.Module):
-    """OpenVLA-OFT's head: LayerNorm, Linear, ReLU, two residual blocks, LayerNorm, Linear: (B, H, A * D) -> (B, H, out)."""
+    """The body of OpenVLA-OFT's heads: (B, H, wide) -> (B, H, out). The residual joins after the ReLU."""
     def __init__(self, wide, hidden, out):
         super().__init__()
         self.layer_norm1, self.fc1 = nn.LayerNorm(wide), nn.Linear(wide, hidden)
-        self.mlp_resnet_blocks = nn.ModuleList(
-            nn.ModuleDict(dict(ffn=nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.ReLU())))
-            for _ in range(2))
+        ffn = lambda: nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.ReLU())
+        self.mlp_resnet_blocks = nn.ModuleList(nn.ModuleDict(dict(ffn=ffn())) for _ in range(2))
         self.layer_norm2, self.fc2 = nn.LayerNorm(hidden), nn.Linear(hidden, out)
 
     def forward(self, x):
@@ -284,501 +288,498 @@ class MLPResNet(nn.Module):
 
 @dataclass
 class Architecture:
-    """The sizes of an OpenVLAOFT, kept in its config.json. The defaults are the laptop's: 0.35M parameters."""
-    towers: tuple = (dict(dim=48), dict(dim=48))  # arguments of Keypoints, or of Tower where depth is among them
-    llm: dict = field(default_factory=lambda: dict(
-        vocab_size=259, hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4))
-    prompt: str = "{}"  # the instruction goes in the braces
-    whole_gradient: bool = True  # False: gradient through the last positions only, as the 7B trains
+    """The sizes of an OpenVLAOFT and the bounds of its inputs, as in config.json. Defaults: the laptop's."""
+    towers: tuple = (dict(dim=48), dict(dim=48))  # arguments of Tower if they name a depth, else of Keypoints
+    llm: dict = field(default_factory=lambda: dict(vocab_size=259, hidden_size=96, intermediate_size=192,
+                                                   num_hidden_layers=2, num_attention_heads=4))
+    prompt: str = "{}"  # around the instruction
+    whole_gradient: bool = True  # False: through the last positions only, as the 7B trains
     log_scale_range: tuple = (math.log(0.1), math.log(0.2))  # clamp of log b, normalised action units
-    actions: int = 8  # action steps per query, H
-    statistics: dict = field(default_factory=dict)  # q01 and q99 of action and proprio, as in dataset_statistics.json
+    chunk: int = 8  # action steps per query, H
+    statistics: dict = field(default_factory=dict)  # q01 and q99 of action (7) and proprio (8)
 
 
 class OpenVLAOFT(nn.Module):
-    """OpenVLA-OFT with a Laplace scale head: two vision towers, Llama with bidirectional attention, L1 head.
+    """OpenVLA-OFT with a Laplace scale head: two vision towers, Llama attending both ways, an L1 head.
 
-    One class for the 7B and for the laptop; its module names are those of the released checkpoints. Sequence:
-    BOS | patches of each camera | proprio | padding, prompt, space | 7 H zeros | stop. Heads read the final hidden
-    state of the space and of the first 7 H - 1 zeros (each predicts its successor).
+    One class for the 7B and the laptop, with the module names of the released checkpoints. The sequence is
+    BOS | patches of each camera | proprio | padding, prompt, space | A H zeros | stop. As a language model predicts
+    the next token, the heads read the final hidden states of the space and of the first A H - 1 zeros.
+
+    The policy protocol is preprocess, act, log_prob, sft_loss, scale_loss, trainable, save and load.
     """
-    ACTION_DIM, BOS, STOP = 7, 1, 2
+    A, BOS, SPACE, STOP = 7, 1, 35, 2
 
     def __init__(self, arch: Architecture):
         super().__init__()
-        self.arch, D = arch, arch.llm["hidden_size"]
-        build = lambda tower: Tower(**tower) if "depth" in tower else Keypoints(**tower)
-        self.vision_backbone = nn.ModuleDict(dict(zip(("featurizer", "fused_featurizer"), map(build, arch.towers))))
-        wide = sum(tower["dim"] for tower in arch.towers)
-        self.projector = MLP(wide, 4 * wide, D, D)
-        self.proprio_projector = MLP(8, D, D)
-        self.language_model = LlamaForCausalLM(LlamaConfig(**arch.llm, tie_word_embeddings=False))
+        self.arch, D, wide = arch, arch.llm["hidden_size"], sum(tower["dim"] for tower in arch.towers)
+        towers = [Tower(**tower) if "depth" in tower else Keypoints(**tower) for tower in arch.towers]
+        self.vision_backbone = nn.ModuleDict(dict(featurizer=towers[0], fused_featurizer=towers[1]))
+        self.projector, self.proprio_projector = MLP(wide, 4 * wide, D, D), MLP(8, D, D)
+        self.language_model = LlamaForCausalLM(LlamaConfig(**arch.llm))
         self.language_model.lm_head = nn.Identity()  # actions do not come from the vocabulary
-        self.action_head = nn.ModuleDict(dict(model=MLPResNet(self.ACTION_DIM * D, D, self.ACTION_DIM)))
-        self.scale_head = nn.ModuleDict(dict(trunk=MLPResNet(self.ACTION_DIM * D, D, D),
-                                             log_b_head=nn.Linear(D, self.ACTION_DIM)))
-        nn.init.xavier_uniform_(self.scale_head["log_b_head"].weight, gain=0.01)
-        nn.init.constant_(self.scale_head["log_b_head"].bias, -3.0)
+        self.action_head = nn.ModuleDict(dict(model=MLPResNet(self.A * D, D, self.A)))
+        trunk, log_b_head = MLPResNet(self.A * D, D, D), nn.Linear(D, self.A)
+        self.scale_head = nn.ModuleDict(dict(trunk=trunk, log_b_head=log_b_head))
+        nn.init.xavier_uniform_(log_b_head.weight, gain=0.01)
+        nn.init.constant_(log_b_head.bias, -3.0)
         self.scale_multiplier = 1.0
-        self.eval()  # for good: rollouts, old and new log-probabilities must come from one function
+        self.eval()  # for good: old and new log-probabilities must come from one function
 
     # -- observations and actions
     def preprocess(self, raw):
-        """The simulator's arrays -> the compact observation that an episode stores: pictures (V, h, w, 3), proprio (8,)."""
-        pictures = np.stack([raw[f"{camera}_image"][::-1, ::-1] for camera in ("agentview", "robot0_eye_in_hand")])
-        x, y, z, w = raw["robot0_eef_quat"]
-        w = np.clip(w, -1.0, 1.0)
-        norm = math.sqrt(1 - w * w)
-        axis_angle = np.array([x, y, z]) * (2 * math.acos(w) / norm if norm > 1e-8 else 0.0)
+        """The simulator's arrays -> what an episode stores: pictures (V, h, w, 3) uint8, proprio (8,)."""
+        x, y, z, w = np.clip(raw["robot0_eef_quat"], -1, 1)
+        sine = math.sqrt(1 - w * w)  # of half the angle
+        axis_angle = np.array([x, y, z]) * (2 * math.acos(w) / sine if sine > 1e-8 else 0)
         proprio = np.concatenate([raw["robot0_eef_pos"], axis_angle, raw["robot0_gripper_qpos"]])
+        pictures = np.stack([raw[f"{name}_image"][::-1, ::-1] for name in Simulator.CAMERAS])
         return dict(pictures=pictures, proprio=proprio)
 
     def fit_statistics(self, proprio):
-        """Bounds of proprio (N, 8) from demonstrations; actions keep the controller's own [-1, 1]."""
-        ones = np.ones(self.ACTION_DIM)
-        self.arch.statistics = dict(action=dict(q01=(-ones).tolist(), q99=ones.tolist()), proprio=dict(
-            q01=np.quantile(proprio, 0.01, 0).tolist(), q99=np.quantile(proprio, 0.99, 0).tolist()))
+        """Bounds from demonstrations, (N, 8); those of actions are the controller's own, [-1, 1]."""
+        q01, q99 = np.quantile(proprio, (0.01, 0.99), 0).tolist()
+        action = dict(q01=[-1.0] * self.A, q99=[1.0] * self.A)
+        self.arch.statistics = dict(proprio=dict(q01=q01, q99=q99), action=action)
 
     def _bounds(self, kind):
-        low, high = (np.asarray(self.arch.statistics[kind][q]) for q in ("q01", "q99"))
+        low, high = (np.array(self.arch.statistics[kind][name]) for name in ("q01", "q99"))
         return low, high - low + 1e-8
 
     def to_env_actions(self, normalised):
-        """(..., 7) in the head's units -> the environment's: un-normalised motion, gripper -1 open or +1 closed."""
-        low, width = self._bounds("action")
-        actions = 0.5 * (np.asarray(normalised, np.float64) + 1) * width + low
-        actions[..., 6] = -np.sign(2 * np.asarray(normalised, np.float64)[..., 6] - 1)
-        return actions
+        """Head units -> the environment's (..., 7): motion scaled to its bounds, gripper -1 open or +1 closed."""
+        normalised, (low, width) = np.asarray(normalised, np.float64), self._bounds("action")
+        motion, gripper = (normalised + 1) / 2 * width + low, -np.sign(2 * normalised[..., 6:] - 1)
+        return np.concatenate([motion[..., :6], gripper], -1)
 
     def from_env_actions(self, actions):
-        """The inverse of to_env_actions, for the labels of imitation."""
+        """The inverse of to_env_actions: labels of imitation, as a tensor."""
         low, width = self._bounds("action")
-        normalised = 2 * (np.asarray(actions, np.float64) - low) / width - 1
-        normalised[..., 6] = (1 - np.sign(actions[..., 6])) / 2
-        return normalised
+        motion, gripper = 2 * (actions - low) / width - 1, (1 - np.sign(actions[..., 6:])) / 2
+        return torch.tensor(np.concatenate([motion[..., :6], gripper], -1), dtype=torch.float32)
 
     # -- the forward pass
     def _embed(self, observations, instructions):
-        """-> embeddings (B, S, D), mask (B, 1, S, S) and position ids (B, S) of the whole sequence."""
-        model, device = self.language_model.model, self.action_head["model"].fc1.weight.device
-        dtype = model.embed_tokens.weight.dtype
-        pictures = torch.as_tensor(np.stack([o["pictures"] for o in observations]), device=device)  # B V h w 3
-        B, V = pictures.shape[:2]
-        pixels = (pictures.flatten(0, 1).permute(0, 3, 1, 2).to(dtype) / 127.5 - 1)  # BV 3 h w
-        towers = [self.vision_backbone[name](pixels) for name in ("featurizer", "fused_featurizer")]
-        patches = self.projector(torch.cat(towers, -1)).unflatten(0, (B, V)).flatten(1, 2)  # B VP D
+        """-> the sequence's embeddings (B, S, D), its mask (B, 1, S, S) and its position ids (B, S)."""
+        words, zeros = self.language_model.model.embed_tokens, self.A * self.arch.chunk
+        to = lambda x: torch.as_tensor(np.stack(x)).to(words.weight)
+        pictures = to([o["pictures"] for o in observations]).permute(0, 1, 4, 2, 3) / 127.5 - 1  # B V 3 h w
+        seen = torch.cat([tower(pictures.flatten(0, 1)) for tower in self.vision_backbone.values()], -1)
+        patches = self.projector(seen).unflatten(0, pictures.shape[:2]).flatten(1, 2)  # B VP D
         low, width = self._bounds("proprio")
-        proprio = np.clip(2 * (np.stack([o["proprio"] for o in observations]) - low) / width - 1, -1, 1)
-        proprio = self.proprio_projector(torch.as_tensor(proprio, device=device).to(dtype))[:, None]
-        prompts = [[byte + 3 for byte in self.arch.prompt.format(i.lower()).encode()] + [35] for i in instructions]
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[self.BOS] + [0] * (longest - len(p)) + p + [self.STOP] for p in prompts], device=device)
-        words = model.embed_tokens(ids)
-        zeros = words.new_zeros(B, self.ACTION_DIM * self.arch.actions, words.shape[-1])
-        x = torch.cat([words[:, :1], patches, proprio, words[:, 1:-1], zeros, words[:, -1:]], 1)  # B S D
-        before = 1 + patches.shape[1] + 1 + longest - torch.tensor([len(p) for p in prompts], device=device)[:, None]
-        index = torch.arange(x.shape[1], device=device)
-        real = (index < 2 + patches.shape[1]) | (index >= before)  # B S: False for the padding before a short prompt
-        return x, real[:, None, None].expand(-1, 1, x.shape[1], -1), real.cumsum(-1) - 1
+        proprio = to([np.clip(2 * (o["proprio"] - low) / width - 1, -1, 1) for o in observations])
+        tokens = [[byte + 3 for byte in self.arch.prompt.format(text.lower()).encode()] + [self.SPACE]
+                  for text in instructions]
+        longest = max(map(len, tokens))
+        ids = [[self.BOS] + [0] * (longest - len(t)) + t + [self.STOP] for t in tokens]
+        prompt = words(torch.tensor(ids, device=patches.device))
+        x = torch.cat([prompt[:, :1], patches, self.proprio_projector(proprio)[:, None], prompt[:, 1:-1],
+                       prompt.new_zeros(len(prompt), zeros, prompt.shape[-1]), prompt[:, -1:]], 1)
+        S = x.shape[1]
+        place, end = torch.arange(S, device=x.device), S - 1 - zeros  # where the prompt ends
+        start = end - torch.tensor([[len(t)] for t in tokens], device=x.device)
+        real = (place < end - longest) | (place >= start)  # B S, False for the padding before a shorter prompt
+        return x, real[:, None, None].expand(-1, 1, S, -1), real.cumsum(-1) - 1
 
     def _hidden(self, observations, instructions):
-        """Final hidden states that the heads read: (B, 7 H, D). With a short gradient, the prefix comes from a cache."""
-        last = self.ACTION_DIM * self.arch.actions + 2  # the space, the zeros, the stop token
-        llama, short = self.language_model.model, torch.is_grad_enabled() and not self.arch.whole_gradient
+        """The final hidden states that the heads read, (B, A H, D)."""
+        last = self.A * self.arch.chunk + 2  # the space, the zeros, the stop token
+        short = torch.is_grad_enabled() and not self.arch.whole_gradient
+        cache, llama = DynamicCache() if short else None, self.language_model.model
         with torch.set_grad_enabled(torch.is_grad_enabled() and not short):
             x, mask, positions = self._embed(observations, instructions)
-            cache = DynamicCache(config=llama.config) if short else None
             hidden = llama(inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=cache,
                            use_cache=short).last_hidden_state
-        if short:  # keys and values of the prefix, which has seen the zeros, stay; the last positions run again
+        if short:  # the last positions once more, with gradient; the cache has the other keys and values
             cache.crop(-last)
-            hidden = llama(inputs_embeds=x[:, -last:], attention_mask=mask[:, :, -last:], use_cache=True,
-                           position_ids=positions[:, -last:], past_key_values=cache).last_hidden_state
+            hidden = llama(inputs_embeds=x[:, -last:], attention_mask=mask[:, :, -last:], past_key_values=cache,
+                           position_ids=positions[:, -last:]).last_hidden_state
         return hidden[:, -last:-2]
 
     def _heads(self, hidden):
-        B, H = len(hidden), self.arch.actions
-        rows = hidden.reshape(B, H, -1)  # B H 7D
-        return self.action_head["model"](rows).float(), self.scale_head["log_b_head"](self.scale_head["trunk"](rows)).float()
+        rows = hidden.unflatten(1, (self.arch.chunk, self.A)).flatten(2)  # B H AD
+        log_scale = self.scale_head["log_b_head"](self.scale_head["trunk"](rows))
+        return self.action_head["model"](rows).float(), log_scale.float()
 
     def predict(self, observations, instructions):
-        """-> mean and log_scale, (B, H, 7) each, normalised, float32."""
+        """-> mean and log_scale, (B, H, A) each, normalised, float32."""
         return self._heads(self._hidden(observations, instructions))
 
     def _density(self, observations, instructions):
-        """Mean and log b of the density that actions are drawn from and scored with."""
+        """The mean and the log of the scale b that actions are both drawn from and scored with."""
         mean, log_scale = self.predict(observations, instructions)
         return mean, log_scale.clamp(*self.arch.log_scale_range) + math.log(self.scale_multiplier)
 
-    # -- the protocol
+    # -- the rest of the protocol
     @torch.no_grad()
     def act(self, observations, instructions, explore=None):
-        """One record per observation: its actions (H, 7) for the environment and what log_prob needs.
+        """A record per observation: "actions" (H, 7) for the environment and what log_prob needs.
 
-        explore: a numpy Generator per observation that draws from the policy's density; None takes the mean.
+        explore: a numpy Generator per observation, to draw from the policy's density; None takes the mean.
         """
         mean, log_scale = self._density(observations, instructions)
-        noise = torch.zeros_like(mean)
-        if explore is not None:
-            noise = torch.as_tensor(np.stack([g.laplace(size=mean.shape[1:]) for g in explore])).to(mean)
-        sample = mean + noise * log_scale.exp()
+        noise = [g.laplace(size=mean.shape[1:]) for g in explore] if explore else np.zeros(mean.shape)
+        sample = mean + log_scale.exp() * torch.as_tensor(np.stack(noise)).to(mean)  # B H A
         log_prob = laplace_log_prob(sample, mean, log_scale)  # B H
-        return [dict(observation=o, instruction=i, sample=s, log_prob=p, scale=b, actions=self.to_env_actions(s))
-                for o, i, s, p, b in zip(observations, instructions, sample.cpu().numpy(), log_prob.cpu().numpy(),
-                                         log_scale.exp().mean((1, 2)).tolist())]
+        columns = dict(observation=observations, instruction=instructions, sample=sample.cpu().numpy(),
+                       log_prob=log_prob.cpu().numpy(), actions=self.to_env_actions(sample.cpu()),
+                       scale=log_scale.exp().mean((1, 2)).tolist())
+        return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
     def log_prob(self, records):
-        """Log-probability of every action step of the records' chunks, with gradient: (B, H)."""
-        mean, log_scale = self._density(*([r[key] for r in records] for key in ("observation", "instruction")))
-        return laplace_log_prob(torch.as_tensor(np.stack([r["sample"] for r in records])).to(mean), mean, log_scale)
+        """Log-probability of each action step of the records' chunks, with gradient: (B, H)."""
+        rows = ((r["observation"], r["instruction"], r["sample"]) for r in records)
+        observations, instructions, sample = zip(*rows)
+        mean, log_scale = self._density(observations, instructions)
+        return laplace_log_prob(torch.tensor(np.stack(sample)).to(mean), mean, log_scale)
 
     def sft_loss(self, observations, instructions, actions):
-        """L1 between the mean and demonstrated chunks (B, H, 7) in environment units."""
+        """L1 between the mean and demonstrated actions (B, H, 7), environment units."""
         mean, _ = self.predict(observations, instructions)
-        return F.l1_loss(mean, torch.as_tensor(self.from_env_actions(actions)).to(mean))
+        return F.l1_loss(mean, self.from_env_actions(actions).to(mean))
 
     def scale_loss(self, observations, instructions, actions):
-        """Negative log-likelihood of demonstrated chunks under the Laplace, with gradient for the scale head alone."""
+        """Laplace NLL of demonstrated actions; its gradient reaches the scale head alone."""
         with torch.no_grad():
             hidden = self._hidden(observations, instructions)
         mean, log_scale = self._heads(hidden)
-        return -laplace_log_prob(torch.as_tensor(self.from_env_actions(actions)).to(mean), mean.detach(), log_scale).mean()
+        return -laplace_log_prob(self.from_env_actions(actions).to(mean), mean.detach(), log_scale).mean()
 
     def trainable(self):
-        """Named parameters of stage 3: all but the scale head, which keeps the exploration it was fitted to."""
+        """Named parameters of stage 3: all but the scale head, which keeps the exploration it has learned."""
         return {name: p for name, p in self.named_parameters() if not name.startswith("scale_head")}
 
     def save(self, directory):
-        """Write config.json and model.safetensors, each under a temporary name first."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
+        """Write model.safetensors and config.json."""
+        arch = json.dumps(dataclasses.asdict(self.arch), indent=1)
+        write(directory / "config.json", lambda path: path.write_text(arch))
         weights = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()}
-        write(Path(directory) / "model.safetensors", lambda path: save_file(weights, path))
-        write(Path(directory) / "config.json", lambda path: path.write_text(json.dumps(dataclasses.asdict(self.arch))))
+        write(directory / "model.safetensors", lambda path: save_file(weights, path))
 
     @classmethod
     def load(cls, directory):
-        """Read what save wrote, strictly. Raises UserError for a directory that does not hold it."""
+        """Read what save wrote, strictly. Raises UserError if it is missing, damaged or of another model."""
         try:
             policy = cls(Architecture(**json.loads((Path(directory) / "config.json").read_text())))
             policy.load_state_dict(load_file(Path(directory) / "model.safetensors"))
-        except Exception as error:  # whatever a damaged file makes json, safetensors or torch say
-            raise UserError(f"cannot load a policy from {directory}: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # whatever json, safetensors and torch say of a damaged file
+            raise UserError(f"cannot load a policy from {directory}: {brief(error)}") from error
         return policy
 
 
-# ----------------------------------------------------------------------------------------------- 4. Simulator
+# ------------------------------------------------------------------------------------------ 4. Simulator
 @dataclass
 class Context:
-    """What fixes the start of an episode: the task, and how to reset to one scene of it."""
+    """What an episode starts from: a task, and how to reset to one scene of it."""
     task: int
     instruction: str
-    seed: int  # of numpy's global generator, from which reset() places objects and fixtures
-    state: Optional[np.ndarray] = None  # flattened simulator state to set after the reset; None: the seed's placement
+    seed: int  # of numpy's global generator, from which a reset draws where things stand
+    state: Optional[np.ndarray] = None  # flattened simulator state to set after the reset
+    index: int = -1  # place in a finite set of contexts; -1: drawn anew
+
+
+def libero_benchmark(suite):
+    """LIBERO's benchmark object of a suite; the first import says where it keeps its settings."""
+    with redirect_stdout(io.StringIO()):
+        from libero.libero import benchmark
+        return benchmark.get_benchmark(suite)()
 
 
 def instructions_of(suite) -> list[str]:
     """The instructions of a suite, in task order."""
-    if suite.startswith("tabletop"):
-        return ["lift the red cube", "lift the green cube"]
-    with redirect_stdout(io.StringIO()):  # LIBERO tells where it keeps its settings
-        from libero.libero.benchmark import task_maps
-    return [task.language for task in task_maps[suite].values()]
-
-
-def stored_states(suite, task) -> np.ndarray:
-    """The 50 initial states on which LIBERO evaluates a task: (50, S)."""
-    from libero.libero import benchmark, __file__ as package
-    chosen = list(benchmark.task_maps[suite].values())[task]
-    arrays = [np.core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.float64))]
-    with torch.serialization.safe_globals(arrays):
-        return torch.load(Path(package).parent / "init_files" / chosen.problem_folder / chosen.init_states_file)
+    if suite in LIBERO:
+        return [task.language for task in libero_benchmark(suite).tasks]
+    return ["lift the red cube", "lift the green cube"]
 
 
 class Simulator:
-    """One environment, in a worker process: reset to a context, run a chunk of actions, look."""
-    CAMERAS = ("agentview", "robot0_eye_in_hand")
-    REST = np.array([0, 0, 0, 0, 0, 0, -1.0])  # the action that does nothing
-    # Where the cubes stand, metres from the table's centre; red on the left (y < 0), green on the right
-    PLACEMENT = dict(tabletop_pretrain=((-0.06, 0.06), (0.04, 0.16)), tabletop=((0.0, 0.12), (0.04, 0.16)))
+    """One environment, in a process of its own: reset to a context, run a chunk of actions, look."""
+    CAMERAS, REST = ("agentview", "robot0_eye_in_hand"), np.array([0, 0, 0, 0, 0, 0, -1.0])
 
     def __init__(self, suite, image_size, collision):
         self.suite, self.image_size, self.collision = suite, image_size, collision
-        self.tabletop, self.env, self.task = suite.startswith("tabletop"), None, None
+        self.tabletop, self.env, self.task = suite not in LIBERO, None, None
 
     def build(self, task):
-        """Make the environment of a task, unless it is there already (one scene serves both tabletop tasks)."""
-        if self.env is not None and (self.tabletop or self.task == task):
-            self.task = task
-            return
-        if self.env is not None:
-            self.env.close()  # before the next one exists: EGL contexts do not mind their successors otherwise
-        flags = dict(robots=["Panda"], use_camera_obs=False, has_renderer=False, has_offscreen_renderer=True,
-                     control_freq=20, ignore_done=True, hard_reset=False, initialization_noise=None,
-                     render_collision_mesh=self.collision, render_visual_mesh=not self.collision)
-        if self.tabletop:
-            import robosuite
-            flags["controller_configs"] = robosuite.load_controller_config(default_controller="OSC_POSE")
-            self.env = robosuite.make("Stack", **flags)
-            self.env.robots[0].init_qpos = np.array([0, 0.548, 0, -2.235, 0, 2.910, 0.785])  # hand 15 cm above
-        else:
-            with redirect_stdout(io.StringIO()):
-                from libero.libero import benchmark, __file__ as package
+        """Make the task's environment where it is not there already (one scene serves both tabletop tasks)."""
+        if self.env is None or not (self.tabletop or self.task == task):
+            self.close()
+            flags = dict(robots=["Panda"], use_camera_obs=False, has_renderer=False, ignore_done=True,
+                         has_offscreen_renderer=True, control_freq=20, hard_reset=False)
+            if self.tabletop:
+                self.env = self.stack(flags)
+            else:
                 from libero.libero.envs.env_wrapper import ControlEnv
-            chosen = list(benchmark.task_maps[self.suite].values())[task]
-            bddl = Path(package).parent / "bddl_files" / chosen.problem_folder / chosen.bddl_file
-            self.env = ControlEnv(bddl_file_name=str(bddl), **flags)
+                bddl_file = libero_benchmark(self.suite).get_task_bddl_file_path(task)
+                self.env = ControlEnv(bddl_file_name=bddl_file, **flags).env
+            if self.collision:
+                self.paint()
         self.task = task
-        if self.collision:
-            self.paint()
+
+    def stack(self, flags):
+        """robosuite's Stack scene as the tabletop suites have it: a stiff arm, the hand 15 cm above the table."""
+        import robosuite
+        controller = robosuite.load_controller_config(default_controller="OSC_POSE")
+        controller["kp"] = 300  # twice the default stiffness: 22 control steps for an episode, not 30
+        for bound in ("output_max", "output_min"):  # 0.1 rad a step, not 0.5: there is nothing to turn
+            controller[bound][3:] = [x / 5 for x in controller[bound][3:]]
+        env = robosuite.make("Stack", controller_configs=controller, initialization_noise=None, **flags)
+        env.robots[0].init_qpos = np.array([0, 0.548, 0, -2.235, 0, 2.910, 0.785])
+        model = env.sim.model
+        model.cam_fovy[model.camera_name2id("agentview")] = 35  # degrees; 45 shows more floor than table
+        if self.suite == "tabletop":  # scenario B: somebody bumped the wrist camera, metres
+            model.cam_pos[model.camera_name2id("robot0_eye_in_hand")] += BUMP
+        return env
+
+    def close(self):
+        """Free the environment: EGL wants that before the next one and before the interpreter's end."""
+        if self.env is not None:
+            self.env.close()
 
     def paint(self):
-        """Collision meshes have no material: give every object a colour of its own, the cubes the one they are called."""
-        model = self.env.sim.model
-        colours = dict(cubeA=(0.9, 0.1, 0.1), cubeB=(0.1, 0.8, 0.1), table=(0.45, 0.45, 0.45), floor=(0.45, 0.45, 0.45),
-                       gripper0=(0.15, 0.15, 0.2), robot0=(0.75, 0.75, 0.8), mount0=(0.75, 0.75, 0.8))
+        """Collision meshes have no material: a colour for each object, the cubes' as instructions have it."""
+        model, grey = self.env.sim.model, (0.45, 0.45, 0.45)
+        known = dict(cubeA=(0.9, 0.1, 0.1), cubeB=(0.1, 0.8, 0.1), table=grey, floor=grey, mount0=grey,
+                     gripper0=(0.15, 0.15, 0.2), robot0=(0.75, 0.75, 0.8))
         for geom in np.flatnonzero(np.asarray(model.geom_group) == 0):
             name = (model.geom_id2name(geom) or "").split("_")[0]
-            hue = np.random.default_rng(list(name.encode())).uniform(0.1, 0.9, 3)
-            model.geom_rgba[geom] = (*colours.get(name, hue), 1)
-        if self.tabletop:
-            model.cam_fovy[model.camera_name2id("agentview")] = 35  # degrees: the table fills the picture
+            colour = known.get(name, np.random.default_rng(list(name.encode())).uniform(0.1, 0.9, 3))
+            model.geom_rgba[geom] = (*colour, 1)
 
     def reset(self, context):
-        """Seed, reset, set the state, let it settle, look. In this order at every episode (LIBERO places fixtures by seed)."""
+        """Seed, reset, set the state, settle, look; in this order at every episode, since LIBERO's fixtures are
+        placed by the seed and are no part of the state."""
         self.build(context.task)
         np.random.seed(context.seed)
         self.env.reset()
-        sim = self.env.sim
-        if self.tabletop:
-            (x, y), offset = self.PLACEMENT[self.suite], self.env.table_offset
+        data = self.env.sim.data
+        if self.tabletop:  # cubes in squares of 12 cm, red on the left, green on the right
             for cube, side in ((self.env.cubeA, -1), (self.env.cubeB, 1)):
-                place = offset + [np.random.uniform(*x), side * np.random.uniform(*y), cube.size[2]]
-                sim.data.set_joint_qpos(cube.joints[0], np.concatenate([place, [1, 0, 0, 0]]))
+                x, y = np.random.uniform(-0.06, 0.06), side * np.random.uniform(0.04, 0.16)
+                place = self.env.table_offset + (x, y, cube.size[2])
+                data.set_joint_qpos(cube.joints[0], [*place, 1, 0, 0, 0])
         if context.state is not None:
-            sim.set_state_from_flattened(context.state)
-        sim.forward()
-        for _ in range(0 if self.tabletop else SETTLE):
+            self.env.sim.set_state_from_flattened(context.state)
+        self.env.sim.forward()
+        for _ in range(0 if self.tabletop else 10):
             self.env.step(self.REST)
         return self.look()
 
     def look(self):
-        """Draw both cameras and read proprioception: the raw observation, by robosuite's names."""
-        raw = {f"{camera}_image": self.draw(camera, self.image_size, self.collision) for camera in self.CAMERAS}
-        observed = (self.env if self.tabletop else self.env.env)._get_observations(force_update=True)
-        return raw | {key: observed[key] for key in ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")}
+        """The raw observation by robosuite's names: both cameras and proprioception."""
+        size, collision = self.image_size, self.collision
+        raw = {f"{name}_image": self.draw(name, size, collision) for name in self.CAMERAS}
+        return self.env._get_observations(force_update=True) | raw
 
     def draw(self, camera, size, collision):
-        groups = self.env.sim._render_context_offscreen.vopt.geomgroup
-        groups[0], groups[1] = collision, not collision
-        return self.env.sim.render(camera_name=camera, width=size, height=size)  # upside down, as OpenGL has it
+        """One picture (size, size, 3) uint8, upside down as OpenGL has it."""
+        self.env.sim._render_context_offscreen.vopt.geomgroup[:2] = (collision, not collision)
+        return self.env.sim.render(camera_name=camera, width=size, height=size)
 
-    def success(self):
-        """The binary reward: the cube named is 4 cm up (its centre), or LIBERO's goal holds."""
+    def target(self):
+        """Where the object to pick is, (3,), metres: for the reward and the expert, not for the policy."""
         if self.tabletop:
-            body = (self.env.cubeA_body_id, self.env.cubeB_body_id)[self.task]
-            return bool(self.env.sim.data.body_xpos[body][2] > self.env.table_offset[2] + 0.04)
-        return bool(self.env.check_success())
+            return self.env.sim.data.body_xpos[(self.env.cubeA_body_id, self.env.cubeB_body_id)[self.task]]
+        return self.env.sim.data.body_xpos[self.env.obj_body_id[self.env.obj_of_interest[0]]]
 
     def step(self, actions, film=False):
-        """Execute actions (n, 7) until success: -> how many were executed, success, observation, pictures of a film."""
+        """Run actions (n, 7) until success: -> how many ran, success, the observation then, a film's frames.
+
+        The binary reward: LIBERO's goal holds, or the named cube's centre is 4 cm above the table."""
         frames = []
-        for n, action in enumerate(actions, 1):
+        for ran, action in enumerate(actions, 1):
             self.env.step(action)
             if film:
                 frames.append(self.draw("agentview", 256, False)[::-1])
-            if self.success():
-                return n, True, None, frames
-        return n, False, self.look(), frames
+            lifted = self.tabletop and self.target()[2] > self.env.table_offset[2] + 0.04
+            if lifted or not self.tabletop and self.env._check_success():
+                return ran, True, None, frames
+        return ran, False, self.look(), frames
 
-    # -- scripted demonstrations, from privileged object positions
     def expert(self):
-        """Actions of a hand that knows where things are: above, down, close, up; in LIBERO on to the basket, and open."""
-        sim = self.env.sim
-        if self.tabletop:
-            body, rest, hover, lift = (self.env.cubeA_body_id, self.env.cubeB_body_id)[self.task], 0.815, 0.89, 0.95
-        else:
-            body = self.env.env.obj_body_id[self.env.obj_of_interest[0]]
-            basket = self.env.env.obj_body_id[self.env.obj_of_interest[1]]
-            rest, hover, lift = sim.data.body_xpos[body][2] + 0.01, sim.data.body_xpos[body][2] + 0.12, 0.35
-        hand = lambda: sim.data.site_xpos[(self.env if self.tabletop else self.env.env).robots[0].eef_site_id]
-        there = lambda x, y, z: np.array([x, y, z])
+        """Actions of a hand that knows where things are: above, down, close, up; LIBERO: to the basket, open."""
+        hand = lambda: self.env.sim.data.site_xpos[self.env.robots[0].eef_site_id]
+        off = lambda place: np.abs(place[:2] - hand()[:2]).max()
 
-        def towards(target, gripper):
-            return np.concatenate([np.clip(15 * (target - hand()), -1, 1), [0, 0, 0, gripper]])
+        def move(place, z, gripper):
+            return np.array([*np.clip(15 * ([*place[:2], z] - hand()), -1, 1), 0, 0, 0, gripper])
 
-        above = lambda: np.abs(sim.data.body_xpos[body][:2] - hand()[:2]).max()
-        while above() > 0.012 or hand()[2] > rest + 0.012:
-            yield towards(there(*sim.data.body_xpos[body][:2], rest if above() < 0.02 else hover), -1)
+        low, hover, high = (0.815, 0.88, 0.95) if self.tabletop else self.target()[2] + (0.01, 0.12, 0.3)
+        while off(self.target()) > 0.012 or hand()[2] > low + 0.012:
+            yield move(self.target(), low if off(self.target()) < 0.02 else hover, -1)
         grasp = hand().copy()
-        for _ in range(5):
-            yield towards(grasp, 1)
-        while self.tabletop or hand()[2] < lift - 0.02:
-            yield towards(there(*grasp[:2], lift), 1)
-        goal = sim.data.body_xpos[basket]
-        while np.abs(goal[:2] - hand()[:2]).max() > 0.02:
-            yield towards(there(*goal[:2], lift), 1)
+        for _ in range(6 if self.tabletop else 8):
+            yield move(grasp, low, 1)
+        while self.tabletop or hand()[2] < high - 0.02:
+            yield move(grasp, high, 1)
+        basket = self.env.sim.data.body_xpos[self.env.obj_body_id[self.env.obj_of_interest[1]]]
+        while off(basket) > 0.02:
+            yield move(basket, high, 1)
         while True:
-            yield towards(there(*goal[:2], lift), -1)
+            yield move(basket, high, -1)
 
-    def demonstrate(self, context, horizon, noise):
-        """One scripted episode: -> raw observations and actions of every step, and whether it succeeded.
-
-        The hand drifts at first and trembles throughout, so that demonstrations show recoveries; labels stay clean.
-        """
-        rng, observations, actions = np.random.default_rng(context.seed), [self.reset(context)], []
-        drift, expert = rng.uniform(-1, 1, 3), self.expert()
-        for t in range(horizon):
-            actions.append(next(expert))
-            moved = actions[-1].copy()
-            moved[:3] += noise * rng.standard_normal(3) + (3 * noise * drift if t < 4 else 0)
-            _, success, observation, _ = self.step([moved])
+    def demonstrate(self, context):
+        """The expert's first success at context.seed, + 1000, ...: -> raw observations of every step, actions (T, 7),
+        attempts. The hand drifts at first and trembles throughout, so that recoveries are shown; the labels stay
+        clean. Raises RuntimeError after 50 attempts."""
+        for attempt in range(50):
+            rng, actions, success = np.random.default_rng(context.seed + 1000 * attempt), [], False
+            observations = [self.reset(dataclasses.replace(context, seed=context.seed + 1000 * attempt))]
+            drift, expert = rng.uniform(-0.9, 0.9, 3), self.expert()
+            while not success and len(actions) < HORIZON[self.suite]:
+                actions.append(next(expert))
+                shaken = actions[-1].copy()
+                shaken[:3] += 0.3 * rng.standard_normal(3) + (drift if len(actions) <= 4 else 0)
+                _, success, observation, _ = self.step([shaken])
+                observations.append(observation)
             if success:
-                return observations, np.array(actions), True
-            observations.append(observation)
-        return observations[:-1], np.array(actions), False
+                return observations[:-1], np.array(actions), attempt + 1
+        raise RuntimeError(f"the scripted expert never succeeds at {context.instruction!r}")
 
 
-def worker_main(connection, arguments):
-    """A simulator process: answers (method, arguments) with ("ok", result) or ("error", traceback) until told to stop."""
+def worker_main(connection, *arguments):
+    """A simulator process: answers (method, *arguments) with (result, None) or (None, traceback)."""
     logging.disable(logging.WARNING)  # robosuite's remarks about its macros
     torch.set_num_threads(1)
     simulator = Simulator(*arguments)
     try:
-        while (message := connection.recv()) is not None:
+        while message := connection.recv():
             try:
-                connection.send(("ok", getattr(simulator, message[0])(*message[1:])))
+                connection.send((getattr(simulator, message[0])(*message[1:]), None))
             except Exception:
-                connection.send(("error", traceback.format_exc()))
-    except (EOFError, KeyboardInterrupt):
+                connection.send((None, traceback.format_exc()))
+    except (EOFError, KeyboardInterrupt, BrokenPipeError):
         pass  # the trainer is gone
-    if simulator.env is not None:
-        simulator.env.close()  # EGL wants its contexts closed before the interpreter ends
+    simulator.close()
+    os._exit(0)  # robosuite's destructors would free what is already freed
 
 
 class Worker:
-    """The trainer's end of a simulator process."""
-    def __init__(self, *arguments):
+    """The trainer's end of a simulator process, and the episode it is running."""
+    def __init__(self, cfg, task):
         context = multiprocessing.get_context("spawn")  # OpenGL and CUDA do not survive a fork
         self.connection, child = context.Pipe()
-        self.process = context.Process(target=worker_main, args=(child, arguments), daemon=True)
+        arguments = (child, cfg.suite, cfg.image_size, cfg.collision)
+        self.process = context.Process(target=worker_main, args=arguments, daemon=True)
         self.process.start()
         child.close()
-        self.episode = None
+        self.task, self.episode, self.observation = task, None, None
+        self.send("build", task)
 
     def send(self, method, *arguments):
+        """Ask for Simulator.method(*arguments); receive waits for the answer."""
         self.connection.send((method, *arguments))
 
     def receive(self):
-        status, result = self.connection.recv()
-        if status == "error":
-            raise RuntimeError(f"a simulator process failed:\n{result}")
+        """The answer to the last send. Raises RuntimeError with the worker's traceback."""
+        result, error = self.connection.recv()
+        if error:
+            raise RuntimeError(f"a simulator process failed:\n{error}")
         return result
 
-    def close(self):
-        self.connection.send(None)
-        self.process.join(10)
 
-
-# ------------------------------------------------------------------------------------------------ 5. Rollouts
+# ------------------------------------------------------------------------------------------- 5. Rollouts
 @dataclass
 class Episode:
-    """One rollout: all that the optimiser needs to know of the simulator."""
+    """One rollout: the whole interface between simulator and optimiser."""
     context: Context
     group: int = 0
     k: int = 0  # which of the group's K rollouts
-    records: list = field(default_factory=list)  # the policy's record of every query
-    executed: list = field(default_factory=list)  # how many actions of each record's chunk were executed
+    records: list = field(default_factory=list)  # of the policy, one per query
+    executed: list = field(default_factory=list)  # action steps executed of each query's H
     success: bool = False
     frames: list = field(default_factory=list)
 
 
-def simulate(policy, workers, queue, horizon, explore=None, film=False, act_batch=0):
-    """Roll out every Episode of the queue (a deque; the caller may extend it meanwhile), yielding each when it ends.
+def simulate(policy, workers, queue, cfg, explore=None, film=False):
+    """Roll out every Episode of a deque, which the caller may extend meanwhile; yield each as it ends.
 
-    Half of the workers simulate while the policy answers the other half; a free worker takes the next of the queue in
-    the same round. explore(episode) gives the Generator of the coming query; None acts with the mean.
+    Half of the workers simulate while the policy answers the other half; a worker that is free takes the next of
+    the queue in the same round. explore(episode) gives the Generator of its next query; None acts with the mean.
     """
-    while queue or any(w.episode for w in workers):
+    horizon, threads = HORIZON[cfg.suite], torch.get_num_threads()
+    torch.set_num_threads(1)  # the workers want the other cores
+    while queue or any(worker.episode for worker in workers):
         for half in (workers[::2], workers[1::2]):
-            for w in half:
-                if w.episode is not None:
-                    n, success, w.observation, frames = w.receive()
-                    w.episode.executed.append(n)
-                    w.episode.frames += frames
-                    if success or sum(w.episode.executed) >= horizon:
-                        w.episode.success, done, w.episode = success, w.episode, None
-                        yield done
-            started = [w for w in half if w.episode is None and queue]
-            for w in started:  # prefer an episode of the task whose environment the worker already has
-                if not queue:
-                    break
-                task = getattr(w, "task", None)
-                w.episode = next((e for e in queue if e.context.task == task), queue[0])
-                w.task = w.episode.context.task
-                queue.remove(w.episode)
-                w.send("reset", w.episode.context)
-            for w in started:
-                if w.episode is not None:
-                    w.observation = w.receive()
-            busy = [w for w in half if w.episode is not None]
-            for i in range(0, len(busy), act_batch or len(busy) or 1):
-                batch = busy[i:i + (act_batch or len(busy))]
-                records = policy.act([policy.preprocess(w.observation) for w in batch],
-                                     [w.episode.context.instruction for w in batch],
-                                     explore and [explore(w.episode) for w in batch])
-                for w, record in zip(batch, records):
-                    w.episode.records.append(record)
-                    w.send("step", record.pop("actions")[:horizon - sum(w.episode.executed)], film)
+            for worker in half:
+                if episode := worker.episode:
+                    ran, episode.success, worker.observation, frames = worker.receive()
+                    episode.executed.append(ran)
+                    episode.frames += frames
+                    if episode.success or sum(episode.executed) == horizon:
+                        worker.episode = None
+                        yield episode
+            started = [worker for worker in half if not worker.episode][:len(queue)]
+            for worker in started:  # an episode of the task whose environment the worker has, if there is one
+                worker.episode = next((e for e in queue if e.context.task == worker.task), queue[0])
+                queue.remove(worker.episode)
+                worker.task = worker.episode.context.task
+                worker.send("reset", worker.episode.context)
+            for worker in started:
+                worker.observation = worker.receive()
+            busy = [worker for worker in half if worker.episode]
+            size = cfg.act_batch or len(busy) or 1
+            for batch in (busy[i:i + size] for i in range(0, len(busy), size)):
+                began, episodes = time.time(), [worker.episode for worker in batch]
+                records = policy.act([policy.preprocess(worker.observation) for worker in batch],
+                                     [episode.context.instruction for episode in episodes],
+                                     explore and [explore(episode) for episode in episodes])
+                for worker, episode, record in zip(batch, episodes, records):
+                    worker.send("step", record.pop("actions")[:horizon - sum(episode.executed)], film)
+                    episode.records.append(dict(record, seconds=(time.time() - began) / len(batch)))
+    torch.set_num_threads(threads)
 
 
-def collect(policy, workers, context_of, first, cfg, iteration):
-    """Algorithm 1, lines 4-14: -> kept episodes, rewards (C, K) of the kept groups, the next group's number, statistics.
+def collect(policy, workers, context_of, run, cfg):
+    """Algorithm 1, lines 4-14: -> the kept episodes, their rewards (C, K), statistics; advances run["group"].
 
-    Groups are numbered. cfg.groups are launched and every rejected one launches the next number, so the kept set is a
-    prefix of the numbered stream whatever the timing: quick episodes are not favoured and nothing running is thrown away.
+    Groups are numbered. cfg.groups of them are launched and every rejected one launches the next number, so the kept
+    set is a prefix of the numbered stream whatever the timing: quick episodes are not favoured, and nothing that
+    runs is thrown away. A context of a finite set, once solved K out of K, is skipped the next 3 times.
     """
-    start, queue, groups, launched = time.time(), deque(), {}, 0
+    began, queue, groups, ended, outcome = time.time(), deque(), {}, Counter(), {}
 
     def launch():
-        nonlocal launched
-        number = first + launched
-        launched += 1
-        context = context_of(number)
-        queue.extend(Episode(context, number, k) for k in range(cfg.rollouts))
+        while run["skip"].get(context_of(run["group"]).index, 0) > 0:
+            run["skip"][context_of(run["group"]).index] -= 1
+            run["group"] += 1
+        number, run["group"] = run["group"], run["group"] + 1
+        groups[number] = [Episode(context_of(number), number, k) for k in range(cfg.rollouts)]
+        queue.extend(groups[number])
 
     def explore(episode):
-        return np.random.default_rng([cfg.seed, iteration, episode.group, episode.k, len(episode.records)])
+        return np.random.default_rng([cfg.seed, run["iteration"], episode.group, episode.k, len(episode.records)])
 
     for _ in range(cfg.groups):
         launch()
-    kept, rejected = {}, {"solved": 0, "failed": 0}
-    bar = tqdm(total=cfg.groups, desc=f"iteration {iteration}", unit="group", leave=False, disable=None)
-    for episode in simulate(policy, workers, queue, HORIZON[cfg.suite], explore, act_batch=cfg.act_batch):
-        group = groups.setdefault(episode.group, [])
-        group.append(episode)
-        if len(group) == cfg.rollouts:
-            rewards = torch.tensor([[float(e.success) for e in sorted(group, key=lambda e: e.k)]])
-            if has_signal(rewards):
-                kept[episode.group] = rewards
-                bar.update()
-            else:
-                rejected["solved" if rewards[0, 0] else "failed"] += 1
-                if sum(rejected.values()) <= cfg.max_rejected:
-                    launch()
-    bar.close()
-    episodes = [e for number in sorted(kept) for e in sorted(groups[number], key=lambda e: e.k)]
-    rewards = torch.cat([kept[n] for n in sorted(kept)]) if kept else torch.zeros(0, cfg.rollouts)
-    everything = [e for group in groups.values() for e in group]
-    steps = sum(sum(e.executed) for e in everything)
-    seconds = time.time() - start
-    stats = dict(rollout_success=float(np.mean([e.success for e in everything])), rollouts=len(everything),
-                 groups_kept=len(kept), groups_solved=rejected["solved"], groups_failed=rejected["failed"],
-                 scale=float(np.mean([r["scale"] for e in everything for r in e.records])), env_steps=steps,
-                 seconds_rollouts=seconds, steps_per_second=steps / seconds)
-    return episodes, rewards, first + launched, stats
+    episodes = simulate(policy, workers, queue, cfg, explore)
+    for episode in tqdm(episodes, f"iteration {run['iteration'] + 1}", leave=False, disable=None):
+        group = groups[episode.group]
+        ended[episode.group] += 1
+        if ended[episode.group] == cfg.rollouts:
+            signal = has_signal(torch.tensor([[e.success for e in group]]))
+            outcome[episode.group] = "kept" if signal else "solved" if episode.success else "failed"
+            if not signal and sum(o != "kept" for o in outcome.values()) <= cfg.max_rejected:
+                launch()
+    numbers = {name: sorted(n for n, o in outcome.items() if o == name) for name in ("kept", "solved", "failed")}
+    kept, solved, failed = numbers.values()
+    run["skip"] |= {groups[n][0].context.index: 3 for n in solved if groups[n][0].context.index >= 0}
+    if len(kept) < cfg.groups:
+        print(f"only {len(kept)} of {cfg.groups} groups have signal; {len(solved)} succeeded K of K, {len(failed)} "
+              "failed K of K: " + ("too hard: start from a better policy or easier tasks" if not solved else
+              "too easy: little is left to learn" if not failed else
+              "too deterministic: the context decides and not the exploration; raise --scale_multiplier"))
+    everything, seconds = [e for group in groups.values() for e in group], time.time() - began
+    records, steps = [r for e in everything for r in e.records], sum(sum(e.executed) for e in everything)
+    stats = dict(rollout_success=np.mean([e.success for e in everything]), rollouts=len(everything), kept=len(kept),
+                 solved=len(solved), failed=len(failed), rejected=1 - len(kept) / len(groups), env_steps=steps,
+                 scale=np.mean([r["scale"] for r in records]), seconds_rollouts=seconds,
+                 seconds_policy=sum(r["seconds"] for r in records), steps_per_second=steps / seconds)
+    rewards = torch.tensor([[float(e.success) for e in groups[n]] for n in kept])
+    return [e for n in kept for e in groups[n]], rewards, stats
 
 
-# --------------------------------------------------------------------------------------------- 6. Supervision
+# ---------------------------------------------------------------------------------------- 6. Supervision
 @dataclass
 class Demonstration:
     """An expert's episode: compact observations and actions (T, 7) of every step."""
@@ -787,230 +788,329 @@ class Demonstration:
     actions: np.ndarray
 
 
-def scripted_demonstrations(policy, workers, contexts, cfg):
-    """Run the scripted expert in every context: -> the successful demonstrations, and their share."""
-    demos, pending, contexts = [], deque(), deque(contexts)
-    total, bar = len(contexts), tqdm(total=len(contexts), desc="demonstrations", leave=False, disable=None)
-    for w in workers:
-        w.task = None  # whichever environment comes first
-    while contexts or pending:
-        for w in workers:
-            if contexts and w not in pending:
-                w.send("demonstrate", contexts[0], HORIZON[cfg.suite], cfg.demo_noise)
-                w.context = contexts.popleft()
-                pending.append(w)
-        w = pending.popleft()  # answers are taken in order, so the list does not depend on timing
-        observations, actions, success = w.receive()
-        if success:
-            demos.append(Demonstration(w.context, [policy.preprocess(o) for o in observations], actions))
-        bar.update()
-    bar.close()
-    return demos, len(demos) / total
-
-
-def libero_demonstrations(policy, directory, suite, tasks):
-    """LIBERO's HDF5 files (<task>_demo.hdf5) of a directory: -> Demonstrations, whose contexts are row 0 of their states."""
-    demos, instructions = [], instructions_of(suite)
-    from libero.libero.benchmark import task_maps
-    for task in tasks:
-        path = Path(directory) / f"{list(task_maps[suite])[task]}_demo.hdf5"
-        try:
-            with h5py.File(path) as file:
-                for name in sorted(file["data"], key=lambda n: int(n.split("_")[1])):
-                    demo = file["data"][name]
-                    obs, actions, states = demo["obs"], demo["actions"][:], demo["states"][:]
-                    columns = [obs[key][:] for key in ("agentview_rgb", "eye_in_hand_rgb", "ee_pos", "ee_ori",
-                                                       "gripper_states")]
-                    if actions.ndim != 2 or actions.shape[1] != 7 or any(len(c) != len(actions) for c in columns):
-                        raise ValueError(f"{name} has actions {actions.shape}")
-                    context = Context(task, instructions[task], 0, states[0])
-                    raws = [dict(zip(("agentview_image", "robot0_eye_in_hand_image", "robot0_eef_pos", "axis_angle",
-                                      "robot0_gripper_qpos"), row)) for row in zip(*columns)]
-                    demos.append(Demonstration(context, [policy.preprocess(raw) for raw in raws], actions))
-        except (OSError, KeyError, ValueError) as error:
-            raise UserError(f"cannot read demonstrations from {path}: {error}") from error
+def scripted_demonstrations(policy, workers, contexts):
+    """The scripted expert at work in every context: -> Demonstrations, in the contexts' order."""
+    demos, attempts, asked, free = [], 0, deque(), list(workers)
+    for context in tqdm([*contexts, *[None] * len(workers)], "demonstrations", leave=False, disable=None):
+        if asked and (not free or context is None):
+            worker, begun = asked.popleft()  # the one that was asked first, so that the order is fixed
+            observations, actions, tries = worker.receive()
+            demos.append(Demonstration(begun, [policy.preprocess(o) for o in observations], actions))
+            attempts += tries
+            free.append(worker)
+        if context is not None:
+            asked.append((free.pop(), context))
+            asked[-1][0].send("demonstrate", context)
+            asked[-1][0].task = context.task
+    print(f"scripted expert: success in {interval(len(demos), attempts)} of attempts")
     return demos
 
 
-def chunk_batches(demos, steps, batch, horizon, seed):
-    """Yield `steps` random batches: observations, instructions and the next `horizon` actions (B, H, 7), the last repeated."""
-    rng = np.random.default_rng([seed, 2])
-    index = [(d, t) for d in demos for t in range(len(d.actions))]
-    for _ in range(steps):
+def libero_demonstrations(policy, cfg, tasks):
+    """The Demonstrations of LIBERO's HDF5 files in cfg.demos; row 0 of their states is their context."""
+    demos, names = [], ("agentview_rgb", "eye_in_hand_rgb", "ee_pos", "gripper_states", "ee_ori")
+    keys = [f"{name}_image" for name in Simulator.CAMERAS] + [
+        f"robot0_{name}" for name in ("eef_pos", "gripper_qpos", "eef_quat")]
+    for task, info in [(task, libero_benchmark(cfg.suite).tasks[task]) for task in tasks]:
+        path = Path(cfg.demos) / f"{info.name}_demo.hdf5"
+        try:
+            with h5py.File(path) as file:
+                for key in sorted(file["data"], key=lambda key: int(key.split("_")[1])):
+                    demo, actions = file["data"][key], file["data"][key]["actions"][:]
+                    columns = [demo["obs"][name][:] for name in names]
+                    columns[-1] = Rotation.from_rotvec(columns[-1]).as_quat()
+                    if actions.shape != (len(columns[0]), 7) or columns[0].shape[1] != cfg.image_size:
+                        raise ValueError(f"{key} has actions {actions.shape} and pictures {columns[0].shape}; set "
+                                         "--image_size to theirs, with --collision false")
+                    context = Context(task, info.language, 0, demo["states"][0], len(demos))
+                    rows = [policy.preprocess(dict(zip(keys, row))) for row in zip(*columns)]
+                    demos.append(Demonstration(context, rows, actions))
+        except (OSError, KeyError, ValueError) as error:
+            raise UserError(f"cannot read the demonstrations in {path}: {brief(error)}") from error
+    return demos
+
+
+def fit(loss_of, parameters, demos, horizon, steps, batch, lr, seed, title):
+    """AdamW on loss_of(observations, instructions, actions (B, H, 7)), random steps of the demonstrations.
+
+    A chunk that outlasts its demonstration repeats the last action. Returns the mean loss of the last tenth.
+    """
+    rng, losses, optimizer = np.random.default_rng([seed, 0]), [], torch.optim.AdamW(parameters, weight_decay=1e-4)
+    index = [(demo, t) for demo in demos for t in range(len(demo.actions))]
+    for step in tqdm(range(steps), title, leave=False, disable=None):
+        rise, fall = min(1, (step + 1) * 20 / steps), 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = lr * rise * fall
         picked = [index[i] for i in rng.integers(len(index), size=batch)]
-        yield ([d.observations[t] for d, t in picked], [d.context.instruction for d, _ in picked],
-               np.stack([d.actions[np.minimum(t + np.arange(horizon), len(d.actions) - 1)] for d, t in picked]))
-
-
-def fit(loss_of, parameters, batches, steps, lr, title):
-    """AdamW on loss_of(batch), with warm-up over a twentieth of the steps and cosine decay: -> mean loss of the last tenth."""
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / (steps / 20)) * (
-        0.5 + 0.5 * math.cos(math.pi * i / steps)))
-    losses = []
-    for batch in tqdm(batches, total=steps, desc=title, leave=False, disable=None):
-        loss = loss_of(*batch)
+        chunks = [demo.actions[np.minimum(t + np.arange(horizon), len(demo.actions) - 1)] for demo, t in picked]
+        instructions = [demo.context.instruction for demo, _ in picked]
+        loss = loss_of([demo.observations[t] for demo, t in picked], instructions, np.stack(chunks))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        schedule.step()
         losses.append(loss.item())
-    optimizer.zero_grad()
-    return float(np.mean(losses[-max(1, steps // 10):]))
+    return np.mean(losses[-math.ceil(steps / 10):])
 
 
 def sft(policy, demos, cfg):
-    """Stage 2: every weight but the scale head follows the demonstrations' actions (L1 loss)."""
-    batches = chunk_batches(demos, cfg.sft_steps, cfg.sft_batch, policy.arch.actions, cfg.seed)
-    return fit(policy.sft_loss, list(policy.trainable().values()), batches, cfg.sft_steps, cfg.sft_lr, "SFT")
+    """Stage 2: L1 loss on the demonstrations, for all that stage 3 trains: -> the final loss."""
+    return fit(policy.sft_loss, list(policy.trainable().values()), demos, policy.arch.chunk, cfg.sft_steps,
+               cfg.sft_batch, cfg.sft_lr, cfg.seed, "SFT")
 
 
 def fit_scale_head(policy, demos, cfg):
-    """The Laplace scale head by NLL on the demonstrations, everything else frozen."""
-    batches = chunk_batches(demos, cfg.scale_steps, cfg.sft_batch // 4, policy.arch.actions, cfg.seed)
-    return fit(policy.scale_loss, list(policy.scale_head.parameters()), batches, cfg.scale_steps, 1e-3, "scale head")
+    """The Laplace scale head by NLL on the demonstrations, everything else frozen: -> the final NLL."""
+    return fit(policy.scale_loss, list(policy.scale_head.parameters()), demos, policy.arch.chunk,
+               cfg.scale_steps, cfg.sft_batch // 4, 1e-3, cfg.seed, "scale head")
 
 
-# -------------------------------------------------------------------------------------------------- 7. Update
-def update(policy, optimizer, episodes, rewards, cfg, iteration, steps_done):
-    """Algorithm 1, lines 15-17: N passes of minibatches over the kept episodes: -> diagnostics."""
-    start, params = time.time(), [p for group in optimizer.param_groups for p in group["params"]]
-    advantages = leave_one_out_advantage(rewards).flatten().tolist()
-    rng, logs, H = np.random.default_rng([cfg.seed, iteration]), [], policy.arch.actions
-    largest, torch_threads = 0.0, torch.get_num_threads()
-    for n in range(cfg.passes):
-        order = rng.permutation(len(episodes))
-        for minibatch in np.array_split(order, math.ceil(len(order) / cfg.minibatch)):
-            chunks = [(e, q, i) for i in minibatch for e in [episodes[i]] for q in range(len(e.records))]
-            mask = torch.zeros(len(chunks), H, dtype=torch.bool)  # B H
-            for row, (e, q, _) in enumerate(chunks):
-                mask[row, :e.executed[q]] = True
-            # Mean over an episode's steps, then over episodes: the weight of each step, as a factor on its advantage.
-            # The loss is linear in the advantage, so micro-batches of chunks add up to the minibatch's gradient.
-            total = mask.sum().item()
-            weight = torch.tensor([1 / (sum(e.executed) * len(minibatch)) if cfg.loss_per == "episode" else 1 / total
-                                   for e, *_ in chunks])
-            gain = weight * torch.tensor([advantages[i] for *_, i in chunks])
-            old = torch.tensor(np.stack([e.records[q]["log_prob"] for e, q, _ in chunks]))
-            for p in params:
-                p.grad = None
-            log = dict(loss=0.0, ratio=0.0, clip_frac=0.0, approx_kl=0.0)
-            for part in torch.arange(len(chunks)).split(cfg.micro_batch):
-                records = [chunks[i][0].records[chunks[i][1]] for i in part]
-                device = params[0].device
-                log_prob, m = policy.log_prob(records), mask[part].to(device)
-                loss, stats = ppo_clip_loss(log_prob, old[part].to(device), gain[part].to(device), m, cfg.clip, "token")
+# --------------------------------------------------------------------------------------------- 7. Update
+def update(policy, optimizer, episodes, rewards, cfg, run):
+    """Algorithm 1, lines 15-17: N passes of minibatches over the kept episodes: -> means of the diagnostics."""
+    began, logs, H = time.time(), [], policy.arch.chunk
+    advantages, parameters = leave_one_out_advantage(rewards).flatten(), list(policy.trainable().values())
+    rng, batches = np.random.default_rng([cfg.seed, run["iteration"]]), math.ceil(len(episodes) / cfg.minibatch)
+    for _ in range(cfg.passes):
+        for minibatch in np.array_split(rng.permutation(len(episodes)), batches):
+            rows = [(i, q) for i in minibatch for q in range(len(episodes[i].records))]
+            records = [episodes[i].records[q] for i, q in rows]
+            old = torch.tensor(np.stack([record["log_prob"] for record in records]))  # B H
+            mask = torch.tensor([[h < episodes[i].executed[q] for h in range(H)] for i, q in rows])  # B H
+            # A step's weight in the loss goes on its advantage, in which the loss is linear: so micro-batches of
+            # chunks, whichever episodes they come from, add up to the gradient of the minibatch.
+            steps = torch.tensor([sum(episodes[i].executed) * len(minibatch) for i, _ in rows])
+            gain = advantages[[i for i, _ in rows]] / (steps if cfg.loss_per == "episode" else mask.sum())
+            optimizer.zero_grad()
+            log = Counter()
+            for part in torch.arange(len(rows)).split(cfg.micro_batch):
+                log_prob, m = policy.log_prob([records[i] for i in part]).cpu(), mask[part]
+                loss, stats = ppo_clip_loss(log_prob, old[part], gain[part], m, cfg.clip, "token")
                 (loss * m.sum()).backward()
-                share = m.sum().item() / total
                 log["loss"] += (loss * m.sum()).item()
-                for key, value in stats.items():
-                    log[key] += value.item() * share
-                if not logs:  # before the first step the policies are one: any deviation is rounding
-                    largest = max(largest, ((log_prob.detach() - old[part].to(device)).exp() - 1)[m].abs().max().item())
-            log["grad_norm"] = nn.utils.clip_grad_norm_(params, cfg.max_grad_norm).item()
+                log.update({name: (value * m.sum() / mask.sum()).item() for name, value in stats.items()})
+                if not logs:  # psi is still theta: what the ratio is off by is rounding
+                    off = ((log_prob.detach() - old[part]).exp() - 1)[m].abs().max().item()
+                    log["ratio_error"] = max(off, log["ratio_error"])
+            log["grad_norm"] = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
+            run["updates"] += 1
             for group in optimizer.param_groups:
-                group["lr"] = cfg.lr * min(1.0, (steps_done + 1) / max(1, cfg.warmup))
+                group["lr"] = cfg.lr * min(1, run["updates"] / max(1, cfg.warmup))
             optimizer.step()
-            steps_done += 1
             logs.append(log)
-        if np.mean([log["approx_kl"] for log in logs[-math.ceil(len(order) / cfg.minibatch):]]) > cfg.target_kl:
+        if np.mean([log["approx_kl"] for log in logs[-batches:]]) > cfg.target_kl:
             break
-    stats = {key: float(np.mean([log[key] for log in logs])) for key in logs[0]}
-    return stats | dict(ratio_error=largest, updates=len(logs), seconds_update=time.time() - start), steps_done
+    stats = {name: np.mean([log[name] for log in logs]) for name in logs[0]}
+    return stats | dict(ratio_error=logs[0]["ratio_error"], updates=len(logs), seconds_update=time.time() - began)
 
 
-# ---------------------------------------------------------------------------------------------- 8. Evaluation
-def held_out(cfg, tasks) -> list[Context]:
-    """The contexts of evaluation: LIBERO's stored states; for tabletop, seeds below 100,000, which nothing else uses."""
+# ----------------------------------------------------------------------------------------- 8. Evaluation
+def evaluation_contexts(cfg, tasks):
+    """The held-out contexts: LIBERO's stored states; tabletop: seeds that nothing else uses."""
     names, contexts = instructions_of(cfg.suite), []
     for task in tasks:
-        states = [None] * cfg.eval_contexts if cfg.suite.startswith("tabletop") else stored_states(cfg.suite, task)
-        contexts += [Context(task, names[task], i, state) for i, state in enumerate(states[:cfg.eval_contexts])]
+        stored = libero_benchmark(cfg.suite).get_task_init_states(task) if cfg.suite in LIBERO else None
+        number = cfg.eval_contexts if stored is None else min(cfg.eval_contexts, len(stored))
+        contexts += [Context(task, names[task], i, None if stored is None else stored[i]) for i in range(number)]
     return contexts
 
 
 def evaluate(policy, workers, contexts, cfg, film=False):
-    """Mean actions in every context: -> the Episodes in the contexts' order."""
-    queue = deque(Episode(context, i) for i, context in enumerate(contexts))
-    bar = tqdm(total=len(queue), desc="evaluation", leave=False, disable=None)
-    done = []
-    for episode in simulate(policy, workers, queue, HORIZON[cfg.suite], film=film, act_batch=cfg.act_batch):
-        done.append(episode)
-        bar.update()
-    bar.close()
-    return sorted(done, key=lambda e: e.group)
+    """Act with the mean in every context: -> the Episodes in the contexts' order."""
+    queue = deque(Episode(context, number) for number, context in enumerate(contexts))
+    episodes = simulate(policy, workers, queue, cfg, film=film)
+    episodes = tqdm(episodes, "evaluation", len(contexts), leave=False, disable=None)
+    return sorted(episodes, key=lambda episode: episode.group)
 
 
-# --------------------------------------------------------------------------------------------- 9. Bookkeeping
-def write(path, writer):
-    """Write a file whole or not at all: writer(temporary path), then rename."""
-    temporary = Path(path).with_name(Path(path).name + ".tmp")
-    writer(temporary)
-    os.replace(temporary, path)
+def interval(won, number) -> str:
+    """'won/number share [low, high]', with Wilson's 95% interval."""
+    low, high = binomtest(int(won), number).proportion_ci(method="wilson")
+    return f"{won}/{number} {won / number:.0%} [{low:.0%}, {high:.0%}]"
 
 
-def table(title, results):
-    """Success per task with Wilson's 95% interval; results: {column: Episodes in one order}. Returns the text."""
-    lines = [f"{title:<40}" + "".join(f"{name:>24}" for name in results)]
-    first = next(iter(results.values()))
-    for row in [*dict.fromkeys(e.context.instruction for e in first), "all tasks"]:
-        cells = []
-        for episodes in results.values():
-            won = [e.success for e in episodes if row in (e.context.instruction, "all tasks")]
-            low, high = binomtest(sum(won), len(won)).proportion_ci(method="wilson")
-            cells.append(f"{sum(won):>5}/{len(won)} {np.mean(won):5.0%} [{low:.0%}, {high:.0%}]")
-        lines.append(f"{row[:40]:<40}" + "".join(f"{c:>24}" for c in cells))
+def table(contexts, results) -> str:
+    """Success per task of each column {name: list of bool}; of two columns, their exact McNemar test."""
+    lines = [" " * 40 + "".join(f"{name[-28:]:>30}" for name in results)]
+    for row in [*dict.fromkeys(context.instruction for context in contexts), "all tasks"]:
+        chosen = [i for i, context in enumerate(contexts) if row in (context.instruction, "all tasks")]
+        cells = [interval(sum(column[i] for i in chosen), len(chosen)) for column in results.values()]
+        lines.append(f"{row[:39]:<40}" + "".join(f"{cell:>30}" for cell in cells))
+    if len(results) == 2:
+        before, after = map(np.array, results.values())
+        gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
+        p = binomtest(gained, gained + lost).pvalue if gained + lost else 1
+        lines.append(f"paired: {gained} contexts gained, {lost} lost, exact McNemar p = {p:.2g}")
     return "\n".join(lines)
 
 
-def main(argv=None):
-    cfg = parse_config(sys.argv[1:] if argv is None else argv)
-    tasks = list(range(len(instructions_of(cfg.suite)))) if cfg.task < 0 else [cfg.task]
-    names = instructions_of(cfg.suite)
-    out = Path(cfg.out); out.mkdir(parents=True, exist_ok=True)
-    log = lambda *a: print(*a, flush=True)
-    torch.manual_seed(cfg.seed)
-    cores = torch.get_num_threads()
-    policy = OpenVLAOFT.load(cfg.checkpoint) if cfg.checkpoint else OpenVLAOFT(Architecture())
-    policy.scale_multiplier = cfg.scale_multiplier
-    log(sum(p.numel() for p in policy.parameters()), "parameters")
-    workers = [Worker(cfg.suite, cfg.image_size, cfg.collision) for _ in range(cfg.workers)]
-    for w in workers: w.send("build", tasks[0]); w.task = tasks[0]
-    for w in workers: w.receive()
-    t = time.time()
-    if cfg.sft_steps:
-        contexts = [Context(t, names[t], 1_000_000 + 10_000 * cfg.seed + i) for i in range(cfg.demos_per_task) for t in tasks]
-        demos, share = scripted_demonstrations(policy, workers, contexts, cfg)
-        log(f"demos {len(demos)} {share:.0%} {np.mean([len(d.actions) for d in demos]):.1f} steps {time.time()-t:.0f}s"); t = time.time()
-        if not policy.arch.statistics: policy.fit_statistics(np.concatenate([[o["proprio"] for o in d.observations] for d in demos]))
-        if cfg.eval_every and cfg.checkpoint:
-            log(table("zero-shot", {"x": evaluate(policy, workers, held_out(cfg, tasks), cfg)})); t=time.time()
-        log("sft loss", sft(policy, demos, cfg), f"{time.time()-t:.0f}s"); t = time.time()
-        if cfg.scale_steps: log("scale nll", fit_scale_head(policy, demos, cfg), f"{time.time()-t:.0f}s"); t = time.time()
-        policy.save(out / "sft")
-    held = held_out(cfg, tasks)
-    before = evaluate(policy, workers, held, cfg)
-    log(table("SFT", {"SFT": before}), f"{time.time()-t:.0f}s")
-    params = list(policy.trainable().values())
-    optimizer = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    context_of = lambda g: Context(tasks[g % len(tasks)], names[tasks[g % len(tasks)]], 10_000_000 * (cfg.seed + 1) + g)
-    nxt, steps_done = 0, 0
-    for it in range(cfg.iterations):
-        torch.set_num_threads(1)
-        episodes, rewards, nxt, stats = collect(policy, workers, context_of, nxt, cfg, it)
-        torch.set_num_threads(cores)
-        if len(rewards):
-            more, steps_done = update(policy, optimizer, episodes, rewards, cfg, it, steps_done)
-            stats |= more
-        log(it + 1, {k: round(v, 4) for k, v in stats.items()})
-        if cfg.eval_every and (it + 1) % cfg.eval_every == 0:
-            torch.set_num_threads(1)
-            log(table("RIPT", {"RIPT": evaluate(policy, workers, held, cfg)}))
-            torch.set_num_threads(cores)
+def report(out, contexts, results, policy, workers, cfg):
+    """Print the table; write evaluation.csv, every context's outcome, and a video per task."""
+    print(table(contexts, results))
+    lines = ["task,instruction,context," + ",".join(results)]
+    for c, *won in zip(contexts, *results.values()):
+        lines.append(",".join(map(str, (c.task, c.instruction, c.seed, *map(int, won)))))
+    write(out / "evaluation.csv", lambda path: path.write_text("\n".join(lines) + "\n"))
+    firsts = {context.task: context for context in reversed(contexts)}
+    for episode in evaluate(policy, workers, list(firsts.values()), cfg, film=True):
+        video = out / f"task{episode.context.task}.mp4"
+        write(video, lambda path: imageio.mimwrite(path, episode.frames, format="mp4", fps=20))
+
+
+# ---------------------------------------------------------------------------------------- 9. Bookkeeping
+def brief(error) -> str:
+    """An exception's message on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def write(path, writer):
+    """Write a file whole or not at all: writer(temporary path), then rename. Raises UserError if it cannot."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {brief(error)}") from error
+
+
+def write_metrics(out, history):
+    """metrics.jsonl, metrics.csv and curve.png of all iterations so far."""
+    keys = list(dict.fromkeys(key for row in history for key in row))
+    lines = [",".join(keys)] + [",".join(str(row.get(key, "")) for key in keys) for row in history]
+    write(out / "metrics.csv", lambda path: path.write_text("\n".join(lines) + "\n"))
+    lines_of_json = "".join(json.dumps(row) + "\n" for row in history)
+    write(out / "metrics.jsonl", lambda path: path.write_text(lines_of_json))
+    figure = Figure(figsize=(7, 7))
+    success, rejected, seconds = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
+    for axes, key, style in ((success, "eval_success", "o-"), (success, "rollout_success", ".:"),
+                             (rejected, "rejected", ".-"), (seconds, "seconds_rollouts", ".-"),
+                             (seconds, "seconds_update", ".-")):
+        rows = [row for row in history if key in row]
+        axes.plot([row["iteration"] for row in rows], [row[key] for row in rows], style, label=key)
+        axes.set_ylim(0, None if axes is seconds else 1.02)
+        axes.legend()
+    seconds.set_xlabel("iteration")
+    write(out / "curve.png", lambda path: figure.savefig(path, format="png", bbox_inches="tight"))
+
+
+def save_run(out, policy, optimizer, run):
+    """last/ and best/ for the policy's users; run.pt, one file, has all that --resume needs."""
     policy.save(out / "last")
-    for w in workers: w.close()
+    if run["history"][-1].get("eval_success", 0) > run["best"]:
+        run["best"] = run["history"][-1]["eval_success"]
+        policy.save(out / "best")
+    weights = {name: p.detach() for name, p in policy.trainable().items()}
+    state = dict(run, policy=weights, optimizer=optimizer.state_dict())
+    write(out / "run.pt", lambda path: torch.save(state, path))
+    write_metrics(out, run["history"])
+
+
+def load_run(out, policy, optimizer):
+    """What save_run wrote: fills policy and optimizer, -> the run; None if no iteration was completed."""
+    if not (out / "run.pt").exists():
+        return None
+    try:
+        run = torch.load(out / "run.pt", map_location="cpu", weights_only=True)
+        policy.load_state_dict(run.pop("policy"), strict=False)
+        optimizer.load_state_dict(run.pop("optimizer"))
+    except Exception as error:  # whatever torch says of a damaged file
+        raise UserError(f"cannot resume from {out / 'run.pt'}: {brief(error)}") from error
+    return run
+
+
+# --------------------------------------------------------------------------------------------- 10. Main
+def check(cfg):
+    """Raise UserError for whatever can be known to go wrong, before any long work starts."""
+    least = dict(rollouts=2, groups=1, passes=1, minibatch=1, micro_batch=1, workers=1, eval_contexts=1, sft_batch=4,
+                 demos_per_task=1, image_size=16, iterations=0, sft_steps=0, scale_steps=0, max_rejected=0,
+                 act_batch=0, eval_every=0, task=-1, seed=0)
+    for name, bound in least.items():
+        if getattr(cfg, name) < bound:
+            raise UserError(f"--{name} must be at least {bound}, got {getattr(cfg, name)}")
+    if cfg.eval and not cfg.checkpoint:
+        raise UserError("--eval needs --checkpoint DIR, the directory of a saved policy")
+    if mujoco.__version__ != MUJOCO:
+        raise UserError(f"MuJoCo {mujoco.__version__} changes the results: pip install mujoco=={MUJOCO}")
+    try:
+        mujoco.GLContext(16, 16).free()
+    except Exception as error:  # each backend has its own
+        raise UserError(f"no headless OpenGL with MUJOCO_GL={os.environ['MUJOCO_GL']}, {brief(error)}: install it "
+                        "(Debian: apt-get install libegl1 libgl1-mesa-dri)") from error
+    if cfg.task >= len(instructions_of(cfg.suite)):
+        raise UserError(f"--task must be below {len(instructions_of(cfg.suite))} for {cfg.suite}, got {cfg.task}")
+    if cfg.suite in LIBERO:
+        from libero.libero import get_libero_path
+        if not Path(get_libero_path("assets")).is_dir():
+            raise UserError("LIBERO's meshes are missing: run libero-download-assets (about 400 MB, once)")
+
+
+def main(argv=None):
+    """Stage 2, then Algorithm 1 with a line per iteration, between two evaluations on the same contexts."""
+    cfg = parse_config(sys.argv[1:] if argv is None else argv)
+    check(cfg)
+    out, names = Path(cfg.out), instructions_of(cfg.suite)
+    tasks = list(range(len(names))) if cfg.task < 0 else [cfg.task]
+    torch.manual_seed(cfg.seed)
+    tuned = cfg.resume and (out / "sft/model.safetensors").exists()
+    source = out / "sft" if tuned else cfg.checkpoint
+    policy = (OpenVLAOFT.load(source) if source else OpenVLAOFT(Architecture())).to(cfg.device)
+    policy.scale_multiplier = cfg.scale_multiplier
+    demos = libero_demonstrations(policy, cfg, tasks) if cfg.demos else []
+    settings = json.dumps(dataclasses.asdict(cfg), indent=1)
+    write(out / "config.json", lambda path: path.write_text(settings))
+    workers = [Worker(cfg, tasks[i % len(tasks)]) for i in range(cfg.workers)]
+    for worker in workers:
+        worker.receive()
+    held_out = evaluation_contexts(cfg, tasks)
+    if cfg.eval:
+        results = {"success": [episode.success for episode in evaluate(policy, workers, held_out, cfg)]}
+        return report(out, held_out, results, policy, workers, cfg)
+
+    if not tuned:  # stage 2
+        demos = demos or scripted_demonstrations(policy, workers, [
+            Context(task, names[task], DEMO_SEEDS + 100_000 * cfg.seed + i)
+            for i in range(cfg.demos_per_task) for task in tasks])
+        if not policy.arch.statistics:
+            policy.fit_statistics(np.array([o["proprio"] for demo in demos for o in demo.observations]))
+        if cfg.sft_steps:
+            print(f"SFT: L1 {sft(policy, demos, cfg):.4f} after {cfg.sft_steps} steps on {len(demos)} demonstrations")
+        if cfg.scale_steps:
+            print(f"scale head: NLL {fit_scale_head(policy, demos, cfg):.2f} per action step")
+        policy.save(out / "sft")
+
+    def context_of(number):  # the stream of training contexts; a finite set in a new order at each pass
+        if demos and cfg.demos:
+            order = np.random.default_rng([cfg.seed, number // len(demos)]).permutation(len(demos))
+            return demos[order[number % len(demos)]].context
+        task = tasks[number % len(tasks)]
+        return Context(task, names[task], TRAIN_SEEDS * (cfg.seed + 1) + number)
+
+    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    run = load_run(out, policy, optimizer) if cfg.resume else None
+    if run is None:
+        before = [episode.success for episode in evaluate(policy, workers, held_out, cfg)]
+        first = dict(iteration=0, eval_success=sum(before) / len(before))
+        run = dict(iteration=0, group=0, updates=0, skip={}, best=-1.0, before=before, after=before, history=[first])
+    print(table(held_out, dict(SFT=run["before"])), flush=True)
+    while run["iteration"] < cfg.iterations:
+        episodes, rewards, stats = collect(policy, workers, context_of, run, cfg)  # lines 4-14
+        if episodes:
+            stats |= update(policy, optimizer, episodes, rewards, cfg, run)  # lines 15-17
+        run["iteration"] += 1
+        if run["iteration"] == cfg.iterations or cfg.eval_every and run["iteration"] % cfg.eval_every == 0:
+            run["after"] = [episode.success for episode in evaluate(policy, workers, held_out, cfg)]
+            stats["eval_success"] = np.mean(run["after"])
+        stats = {name: value if isinstance(value, int) else float(value) for name, value in stats.items()}
+        run["history"].append(dict(iteration=run["iteration"]) | stats)
+        save_run(out, policy, optimizer, run)
+        print("  ".join(f"{name} {value:.4g}" for name, value in run["history"][-1].items()), flush=True)
+    results = dict(SFT=run["before"]) | (dict(RIPT=run["after"]) if cfg.iterations else {})
+    report(out, held_out, results, policy, workers, cfg)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"ript.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Set up what is missing, then run ript.py.
+#   bash run_libero.sh             the laptop door: learns on real MuJoCo in about ten minutes
+#   bash run_libero.sh test        the tests
+#   bash run_libero.sh ARGUMENTS   python ript.py ARGUMENTS, under torchrun where there is more than one GPU
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+
+die() { echo "run_libero.sh: $*" >&2; exit 2; }
+
+# 1. A virtual environment, unless one is active.
+if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+    if [ ! -x "$here/.venv/bin/python" ]; then
+        python3 -m venv "$here/.venv" || die "python3 -m venv failed: install Python 3.10 to 3.12 with venv"
+    fi
+    export VIRTUAL_ENV="$here/.venv" PATH="$here/.venv/bin:$PATH"
+fi
+python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' ||
+    die "Python 3.10 to 3.12 is needed, this is $(python --version)"
+
+# 2. Packages, once for each content of requirements.txt. torch comes first, so that nothing else chooses its build.
+stamp="$(python -c 'import sys; print(sys.prefix)')/.ript-requirements"
+if ! cmp -s "$here/requirements.txt" "$stamp"; then
+    grep '^torch==' "$here/requirements.txt" | xargs python -m pip install --quiet ||
+        die "pip could not install torch"
+    python -m pip install --quiet -r "$here/requirements.txt" || die "pip could not install requirements.txt"
+    cp "$here/requirements.txt" "$stamp"
+fi
+
+# 3. Headless OpenGL, from Debian where this script may install it.
+export MUJOCO_GL="${MUJOCO_GL:-egl}"
+if ! python -c 'import mujoco; mujoco.GLContext(16, 16).free()' 2>/dev/null; then
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "installing headless OpenGL (libegl1, libgl1-mesa-dri)"
+        { apt-get -qq update && apt-get -qq install -y libegl1 libgl1-mesa-dri; } >/dev/null ||
+            die "apt-get could not install libegl1 and libgl1-mesa-dri"
+    else
+        die "headless OpenGL is missing: sudo apt-get install libegl1 libgl1-mesa-dri"
+    fi
+fi
+
+# 4. LIBERO's meshes, where a LIBERO suite is asked for. LIBERO_ASSET_PATH=DIR links a copy that is already there.
+export LIBERO_CONFIG_PATH="${LIBERO_CONFIG_PATH:-$(python -c 'import sys; print(sys.prefix)')/.libero}"
+case " $* " in *libero_*)
+    python - <<'PY' || libero-download-assets || die "LIBERO's meshes could not be fetched: run libero-download-assets"
+import contextlib, io, os, sys
+with contextlib.redirect_stdout(io.StringIO()):
+    from libero.libero import get_libero_path
+sys.exit(not os.path.isdir(get_libero_path("assets")))
+PY
+esac
+
+# 5. Go.
+if [ "${1:-}" = test ]; then
+    shift
+    cd "$here"
+    exec python -m pytest -q ript_test.py "$@"
+fi
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+if [ "$gpus" -gt 1 ]; then
+    exec torchrun --standalone --nproc_per_node "$gpus" "$here/ript.py" "$@"
+fi
+exec python "$here/ript.py" "$@"
