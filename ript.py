@@ -1,33 +1,35 @@
 """RIPT-VLA in one file: reinforcement post-training of vision-language-action policies (arXiv 2505.17016).
 
-Stage 1 pretrains a policy on many demonstrations, stage 2 fine-tunes it on a few of the task (SFT). Stage 3 lets it
-act in a simulator: a rollout succeeds or it does not, and the policy learns from that bit alone.
+Stage 1 pretrains a policy on many demonstrations, stage 2 fine-tunes it on a few of the task (SFT). Stage 3
+lets it act in a simulator: a rollout succeeds or it does not, and the policy learns from that bit alone.
 
     Algorithm 1   repeat M times:
       1-3           freeze the sampling policy: psi <- theta
-      4-6           until B rollouts are kept: draw a context c, draw K rollouts from psi, reward each R in {0, 1}
+      4-6           until B rollouts are kept: draw a context c and K rollouts from psi, each with R in {0, 1}
       7-10          A_k = R_k - mean of the other K - 1 rewards                                        (Eq. 5)
       11-14         if every A_k is zero, reject the group and draw another context; otherwise keep it
       15-17         N passes of minibatches over the kept rollouts, minimising                         (Eq. 6)
                     -min(r A, clip(r, 1 - eps, 1 + eps) A),  r = pi_theta(a | o) / pi_psi(a | o)
 
-Departures. From the paper: contexts are drawn from the task itself unless --demos gives the demonstrations'. From
-the released code: an action is scored with the density it was drawn from, in float32; steps of a chunk after success
-do not count; minibatch borders leave no gradient over; the simulator is seeded anew at every episode, so that the K
-rollouts of a group share one scene; pictures are drawn only when the policy looks.
+Departures. From the paper: contexts are drawn from the task itself unless --demos gives the demonstrations'.
+From the released code: an action is scored with the density it was drawn from, in float32; steps of a chunk
+after success do not count; minibatch borders leave no gradient over; the simulator is seeded anew at every
+episode, so that the K rollouts of a group share one scene; pictures are drawn only when the policy looks.
 
     python ript.py                                            the laptop: MuJoCo on two cores, no download
     python ript.py --suite libero_object --task 0             the same small policy in LIBERO
     python ript.py --eval --checkpoint runs/tabletop/best     evaluate what a run has saved
 
-Shapes: B batch, C contexts, K rollouts, E episodes, S steps, H action steps per query, A action dimensions, D width.
+Shapes: B batch, C contexts, K rollouts, E episodes, S steps, H action steps per query, A action dimensions,
+D width, V cameras.
 """
 import os
 import sys
 for _name, _value in dict(MUJOCO_GL="egl", OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0",
                           LIBERO_CONFIG_PATH=f"{sys.prefix}/.libero").items():
-    os.environ.setdefault(_name, _value)  # read when mujoco, OpenMP and LIBERO are imported, here and in child processes
+    os.environ.setdefault(_name, _value)  # mujoco, OpenMP and LIBERO read these when they are imported
 
+import argparse
 import dataclasses
 import io
 import json
@@ -69,7 +71,7 @@ SUITES = ("tabletop", "tabletop_pretrain", *LIBERO, "libero_long")
 
 @dataclass
 class Config:
-    """Every setting. The preset of (model, suite) overrides these defaults, the command line overrides both."""
+    """Every setting. A preset of (model, suite) overrides these defaults, the command line overrides both."""
     model: Literal["tiny"] = option("tiny", "the policy; tiny is an OpenVLA-OFT of laptop size")
     suite: Literal[SUITES] = option("tabletop", "the tasks; libero_long is libero_10")
     task: int = option(-1, "only this task of the suite; -1: all of them")
@@ -77,7 +79,7 @@ class Config:
     out: str = option("runs/latest", "directory for configuration, metrics, curve, videos and checkpoints")
     resume: str = option("", "directory of a run to continue after its last complete iteration")
     eval: bool = option(False, "evaluate --checkpoint and stop")
-    demos: str = option("", "directory of LIBERO's HDF5 demonstrations: for SFT, and as the contexts, D_context")
+    demos: str = option("", "directory of LIBERO's HDF5 demonstrations, for SFT and as contexts D_context")
     seed: int = option(0, "seed of weights, demonstrations, contexts, exploration and minibatches")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "torch device of the policy")
     # Stage 2: supervision
@@ -97,7 +99,7 @@ class Config:
     clip: float = option(0.1, "PPO's clip range, eps")
     loss_per: Literal["episode", "token"] = option("episode", "what the loss is a mean over")
     lr: float = option(5e-5, "learning rate, AdamW")
-    warmup: int = option(0, "optimiser steps over which the learning rate rises")
+    adam_eps: float = option(1e-8, "AdamW's epsilon; far above the gradient, steps are proportional to it")
     weight_decay: float = option(1e-4, "weight decay, AdamW")
     max_grad_norm: float = option(1.0, "the gradient's norm is clipped here")
     target_kl: float = option(math.inf, "no further pass after one whose approx_kl is above this")
@@ -108,19 +110,20 @@ class Config:
     workers: int = option(min(os.cpu_count() or 1, 16), "simulator processes")
     image_size: int = option(256, "height and width of the two pictures, pixels")
     collision: bool = option(False, "draw collision meshes in plain colours: 10 times faster without a GPU")
-    act_batch: int = option(0, "observations per forward when acting, 0: all; at 1 nothing depends on --workers")
+    act_batch: int = option(0, "observations per forward when acting; 0: all; 1: --workers changes nothing")
 
 
-TINY = dict(image_size=64, collision=True, act_batch=1, sft_steps=2000, passes=3, minibatch=64, micro_batch=256,
-            clip=0.2, lr=1e-4, warmup=12, target_kl=0.1)
+TINY = dict(image_size=64, collision=True, act_batch=1, sft_steps=2500, passes=3, minibatch=64,
+            micro_batch=256, clip=0.2, lr=1e-4, adam_eps=1e-2, target_kl=0.1)
 PRESETS = {("tiny", suite): dict(TINY, out=f"runs/{suite}") for suite in LIBERO} | {
-    ("tiny", "tabletop_pretrain"): dict(TINY, out="runs/pretrain", demos_per_task=150, scale_steps=0, iterations=0),
-    ("tiny", "tabletop"): dict(TINY, out="runs/tabletop", checkpoint=f"{Path(__file__).parent}/assets/tabletop",
+    ("tiny", "tabletop_pretrain"): dict(TINY, out="runs/tabletop_pretrain", demos_per_task=150, scale_steps=0,
+                                        iterations=0),
+    ("tiny", "tabletop"): dict(TINY, out="runs/tabletop", checkpoint=str(Path(__file__).parent / "assets/tabletop"),
                                demos_per_task=1, sft_steps=50, sft_lr=1e-4, iterations=15, groups=16)}
-HORIZON = dict(zip(LIBERO, (220, 280, 300, 520, 400)), tabletop=32, tabletop_pretrain=32)  # control steps, 20 a second
+HORIZON = dict(zip(LIBERO, (220, 280, 300, 520, 400)), tabletop=32, tabletop_pretrain=32)  # steps of 50 ms
 MUJOCO = "3.3.2"  # others draw darker pictures (from 3.3.3) or break a stored state of LIBERO (from 3.4.0)
 BUMP = (-0.02, 0.02, 0.0)  # tabletop: what the wrist camera was moved by after pretraining, metres
-DEMO_SEEDS, TRAIN_SEEDS = 1_000_000, 10_000_000  # of contexts, apart for each --seed; evaluation has those below
+DEMO_SEEDS, TRAIN_SEEDS = 1_000_000, 10_000_000  # of contexts; evaluation has the seeds below
 
 
 class UserError(Exception):
@@ -128,21 +131,24 @@ class UserError(Exception):
 
 
 class Parser(HfArgumentParser):
-    """The command line of Config; mistakes become UserErrors."""
+    """The command line of Config; a mistake is a UserError, and the docstring above keeps its layout."""
+    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Both."""
+
     def error(self, message):
         raise UserError(f"{message} (python ript.py --help lists the settings)")
 
 
 def parse_config(argv) -> Config:
-    """Dataclass < preset < command line; with --resume, the run's own configuration stands in for the preset."""
-    parser = Parser(Config, description=__doc__, allow_abbrev=False)
-    given = parser.parse_known_args(argv)[0]
+    """Dataclass < preset < command line; with --resume, the run's own configuration replaces the preset."""
+    parser = Parser(Config, description=__doc__, allow_abbrev=False, formatter_class=Parser.Help)
+    given = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
     preset = PRESETS[given.model, given.suite.replace("long", "10")]
     if given.resume:
         try:
             preset = json.loads((Path(given.resume) / "config.json").read_text()) | dict(out=given.resume)
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot resume {given.resume}: its config.json does not read ({error})") from error
+            raise UserError(f"cannot resume {given.resume}: its config.json, {brief(error)}") from error
     parser.set_defaults(**preset)
     cfg = Config(**vars(parser.parse_args(argv)))
     return dataclasses.replace(cfg, suite=cfg.suite.replace("long", "10"))
@@ -161,12 +167,12 @@ def leave_one_out_advantage(rewards):
 
 
 def has_signal(rewards):
-    """The rejection rule (Algorithm 1, lines 11-14): (C, K) -> (C,) bool, False where all K rewards are equal."""
+    """The rejection rule (Algorithm 1, lines 11-14): (C, K) -> (C,) bool, False where all K are equal."""
     return (rewards != rewards[:, :1]).any(-1)
 
 
 def laplace_log_prob(action, mean, log_scale):
-    """Log-density of a factorised Laplace, (..., A) each -> (...), summed over A, in float32 whatever comes in.
+    """Log-density of a factorised Laplace, (..., A) each -> (...), summed over A; float32 whatever comes in.
 
     log p = sum over A of -|action - mean| / b - log(2 b) with b = exp(log_scale); normalised action units.
     """
@@ -177,10 +183,10 @@ def laplace_log_prob(action, mean, log_scale):
 def ppo_clip_loss(log_prob, old_log_prob, advantage, mask, clip=0.2, per="episode"):
     """PPO's clipped objective, negated (Eq. 6), with one ratio per executed action step.
 
-    log_prob, old_log_prob (E, S), advantage (E,), mask (E, S) bool: False where no action was executed. clip is eps,
-    or a pair (low, high) for [1 - low, 1 + high]. per="episode" takes the mean over an episode's steps, then over
-    episodes; per="token" the mean over all steps. Returns the loss, a scalar, and the means over all steps of the
-    ratio, of where the clip cuts the gradient (clip_frac) and of approx_kl. Raises ValueError for another per.
+    log_prob, old_log_prob (E, S), advantage (E,), mask (E, S) bool: False where no action was executed.
+    clip: eps, or a pair (low, high) for [1 - low, 1 + high]. per="episode": mean over its steps, then
+    over episodes; per="token": mean over all steps. Returns the loss, a scalar, and the means over all steps
+    of ratio, clip_frac (where the clip cuts the gradient) and approx_kl. ValueError for another per.
     """
     if per not in ("episode", "token"):
         raise ValueError(f"per must be 'episode' or 'token', got {per!r}")
@@ -257,7 +263,7 @@ class Tower(nn.Module):
 
 
 class Keypoints(nn.Module):
-    """A tower that learns to see in minutes, by where its channels look: (B, 3, h, w) -> patch (B, 1, dim)."""
+    """A tower that learns to see in minutes, by where its channels look: (B, 3, h, w) -> (B, 1, dim)."""
     def __init__(self, dim, keypoints=16):
         super().__init__()
         self.look = nn.Sequential(nn.Conv2d(3, 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(),
@@ -303,8 +309,8 @@ class OpenVLAOFT(nn.Module):
     """OpenVLA-OFT with a Laplace scale head: two vision towers, Llama attending both ways, an L1 head.
 
     One class for the 7B and the laptop, with the module names of the released checkpoints. The sequence is
-    BOS | patches of each camera | proprio | padding, prompt, space | A H zeros | stop. As a language model predicts
-    the next token, the heads read the final hidden states of the space and of the first A H - 1 zeros.
+    BOS | patches of each camera | proprio | padding, prompt, space | A H zeros | stop. As a language model
+    predicts the next token, the heads read the final hidden states of the space and the first A H - 1 zeros.
 
     The policy protocol is preprocess, act, log_prob, sft_loss, scale_loss, trainable, save and load.
     """
@@ -347,7 +353,7 @@ class OpenVLAOFT(nn.Module):
         return low, high - low + 1e-8
 
     def to_env_actions(self, normalised):
-        """Head units -> the environment's (..., 7): motion scaled to its bounds, gripper -1 open or +1 closed."""
+        """Head units -> the environment's (..., 7): motion within its bounds, gripper -1 open, +1 closed."""
         normalised, (low, width) = np.asarray(normalised, np.float64), self._bounds("action")
         motion, gripper = (normalised + 1) / 2 * width + low, -np.sign(2 * normalised[..., 6:] - 1)
         return np.concatenate([motion[..., :6], gripper], -1)
@@ -378,7 +384,7 @@ class OpenVLAOFT(nn.Module):
         S = x.shape[1]
         place, end = torch.arange(S, device=x.device), S - 1 - zeros  # where the prompt ends
         start = end - torch.tensor([[len(t)] for t in tokens], device=x.device)
-        real = (place < end - longest) | (place >= start)  # B S, False for the padding before a shorter prompt
+        real = (place < end - longest) | (place >= start)  # B S, False for padding before a shorter prompt
         return x, real[:, None, None].expand(-1, 1, S, -1), real.cumsum(-1) - 1
 
     def _hidden(self, observations, instructions):
@@ -388,12 +394,12 @@ class OpenVLAOFT(nn.Module):
         cache, llama = DynamicCache() if short else None, self.language_model.model
         with torch.set_grad_enabled(torch.is_grad_enabled() and not short):
             x, mask, positions = self._embed(observations, instructions)
-            hidden = llama(inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                           use_cache=short).last_hidden_state
+            hidden = llama(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=short,
+                           past_key_values=cache).last_hidden_state
         if short:  # the last positions once more, with gradient; the cache has the other keys and values
             cache.crop(-last)
-            hidden = llama(inputs_embeds=x[:, -last:], attention_mask=mask[:, :, -last:], past_key_values=cache,
-                           position_ids=positions[:, -last:]).last_hidden_state
+            hidden = llama(inputs_embeds=x[:, -last:], attention_mask=mask[:, :, -last:],
+                           position_ids=positions[:, -last:], past_key_values=cache).last_hidden_state
         return hidden[:, -last:-2]
 
     def _heads(self, hidden):
@@ -501,7 +507,7 @@ class Simulator:
         self.tabletop, self.env, self.task = suite not in LIBERO, None, None
 
     def build(self, task):
-        """Make the task's environment where it is not there already (one scene serves both tabletop tasks)."""
+        """Make the task's environment if it is not there already (one scene serves both tabletop tasks)."""
         if self.env is None or not (self.tabletop or self.task == task):
             self.close()
             flags = dict(robots=["Panda"], use_camera_obs=False, has_renderer=False, ignore_done=True,
@@ -517,7 +523,7 @@ class Simulator:
         self.task = task
 
     def stack(self, flags):
-        """robosuite's Stack scene as the tabletop suites have it: a stiff arm, the hand 15 cm above the table."""
+        """robosuite's Stack scene for the tabletop suites: a stiff arm, the hand 15 cm above the table."""
         import robosuite
         controller = robosuite.load_controller_config(default_controller="OSC_POSE")
         controller["kp"] = 300  # twice the default stiffness: 22 control steps for an episode, not 30
@@ -547,8 +553,8 @@ class Simulator:
             model.geom_rgba[geom] = (*colour, 1)
 
     def reset(self, context):
-        """Seed, reset, set the state, settle, look; in this order at every episode, since LIBERO's fixtures are
-        placed by the seed and are no part of the state."""
+        """Seed, reset, set the state, settle, look; in this order at every episode, since LIBERO's fixtures
+        are placed by the seed and are no part of the state."""
         self.build(context.task)
         np.random.seed(context.seed)
         self.env.reset()
@@ -597,7 +603,7 @@ class Simulator:
         return ran, False, self.look(), frames
 
     def expert(self):
-        """Actions of a hand that knows where things are: above, down, close, up; LIBERO: to the basket, open."""
+        """Actions of a hand that knows where things are: above, down, close, up; LIBERO: basket, open."""
         hand = lambda: self.env.sim.data.site_xpos[self.env.robots[0].eef_site_id]
         off = lambda place: np.abs(place[:2] - hand()[:2]).max()
 
@@ -619,9 +625,9 @@ class Simulator:
             yield move(basket, high, -1)
 
     def demonstrate(self, context):
-        """The expert's first success at context.seed, + 1000, ...: -> raw observations of every step, actions (T, 7),
-        attempts. The hand drifts at first and trembles throughout, so that recoveries are shown; the labels stay
-        clean. Raises RuntimeError after 50 attempts."""
+        """The expert's first success at context.seed, + 1000, ...: -> raw observations of every step, actions
+        (T, 7), attempts. The hand drifts at first and trembles throughout, so that recoveries are shown; the
+        labels stay clean. Raises RuntimeError after 50 attempts."""
         for attempt in range(50):
             rng, actions, success = np.random.default_rng(context.seed + 1000 * attempt), [], False
             observations = [self.reset(dataclasses.replace(context, seed=context.seed + 1000 * attempt))]
@@ -694,8 +700,8 @@ class Episode:
 def simulate(policy, workers, queue, cfg, explore=None, film=False):
     """Roll out every Episode of a deque, which the caller may extend meanwhile; yield each as it ends.
 
-    Half of the workers simulate while the policy answers the other half; a worker that is free takes the next of
-    the queue in the same round. explore(episode) gives the Generator of its next query; None acts with the mean.
+    Half of the workers simulate while the policy answers the other half; a worker that is free takes the next
+    of the queue in the same round. explore(episode) is the Generator of its next query; None takes the mean.
     """
     horizon, threads = HORIZON[cfg.suite], torch.get_num_threads()
     torch.set_num_threads(1)  # the workers want the other cores
@@ -733,9 +739,9 @@ def simulate(policy, workers, queue, cfg, explore=None, film=False):
 def collect(policy, workers, context_of, run, cfg):
     """Algorithm 1, lines 4-14: -> the kept episodes, their rewards (C, K), statistics; advances run["group"].
 
-    Groups are numbered. cfg.groups of them are launched and every rejected one launches the next number, so the kept
-    set is a prefix of the numbered stream whatever the timing: quick episodes are not favoured, and nothing that
-    runs is thrown away. A context of a finite set, once solved K out of K, is skipped the next 3 times.
+    Groups are numbered. cfg.groups of them are launched and every rejected one launches the next number, so
+    the kept set is a prefix of the numbered stream whatever the timing: quick episodes are not favoured, and
+    nothing that runs is thrown away. A context of a finite set, once solved K of K, is skipped 3 times.
     """
     began, queue, groups, ended, outcome = time.time(), deque(), {}, Counter(), {}
 
@@ -748,7 +754,8 @@ def collect(policy, workers, context_of, run, cfg):
         queue.extend(groups[number])
 
     def explore(episode):
-        return np.random.default_rng([cfg.seed, run["iteration"], episode.group, episode.k, len(episode.records)])
+        numbers = (cfg.seed, run["iteration"], episode.group, episode.k, len(episode.records))
+        return np.random.default_rng(numbers)
 
     for _ in range(cfg.groups):
         launch()
@@ -761,19 +768,19 @@ def collect(policy, workers, context_of, run, cfg):
             outcome[episode.group] = "kept" if signal else "solved" if episode.success else "failed"
             if not signal and sum(o != "kept" for o in outcome.values()) <= cfg.max_rejected:
                 launch()
-    numbers = {name: sorted(n for n, o in outcome.items() if o == name) for name in ("kept", "solved", "failed")}
-    kept, solved, failed = numbers.values()
+    kept, solved, failed = ([n for n in groups if outcome[n] == end] for end in ("kept", "solved", "failed"))
     run["skip"] |= {groups[n][0].context.index: 3 for n in solved if groups[n][0].context.index >= 0}
     if len(kept) < cfg.groups:
-        print(f"only {len(kept)} of {cfg.groups} groups have signal; {len(solved)} succeeded K of K, {len(failed)} "
-              "failed K of K: " + ("too hard: start from a better policy or easier tasks" if not solved else
-              "too easy: little is left to learn" if not failed else
-              "too deterministic: the context decides and not the exploration; raise --scale_multiplier"))
+        print(f"only {len(kept)} of {cfg.groups} groups have signal; {len(solved)} succeeded K of K, "
+              f"{len(failed)} failed K of K: " + (
+                  "too hard, start from a better policy or easier tasks" if not solved else
+                  "too easy, little is left to learn" if not failed else
+                  "too deterministic, not the exploration decides but the context: raise --scale_multiplier"))
     everything, seconds = [e for group in groups.values() for e in group], time.time() - began
     records, steps = [r for e in everything for r in e.records], sum(sum(e.executed) for e in everything)
-    stats = dict(rollout_success=np.mean([e.success for e in everything]), rollouts=len(everything), kept=len(kept),
-                 solved=len(solved), failed=len(failed), rejected=1 - len(kept) / len(groups), env_steps=steps,
-                 scale=np.mean([r["scale"] for r in records]), seconds_rollouts=seconds,
+    stats = dict(rollout_success=np.mean([e.success for e in everything]), rollouts=len(everything),
+                 kept=len(kept), solved=len(solved), failed=len(failed), rejected=1 - len(kept) / len(groups),
+                 scale=np.mean([r["scale"] for r in records]), env_steps=steps, seconds_rollouts=seconds,
                  seconds_policy=sum(r["seconds"] for r in records), steps_per_second=steps / seconds)
     rewards = torch.tensor([[float(e.success) for e in groups[n]] for n in kept])
     return [e for n in kept for e in groups[n]], rewards, stats
@@ -820,8 +827,8 @@ def libero_demonstrations(policy, cfg, tasks):
                     columns = [demo["obs"][name][:] for name in names]
                     columns[-1] = Rotation.from_rotvec(columns[-1]).as_quat()
                     if actions.shape != (len(columns[0]), 7) or columns[0].shape[1] != cfg.image_size:
-                        raise ValueError(f"{key} has actions {actions.shape} and pictures {columns[0].shape}; set "
-                                         "--image_size to theirs, with --collision false")
+                        raise ValueError(f"{key} has actions {actions.shape}, pictures {columns[0].shape}: "
+                                         "set --image_size to theirs, with --collision false")
                     context = Context(task, info.language, 0, demo["states"][0], len(demos))
                     rows = [policy.preprocess(dict(zip(keys, row))) for row in zip(*columns)]
                     demos.append(Demonstration(context, rows, actions))
@@ -835,15 +842,17 @@ def fit(loss_of, parameters, demos, horizon, steps, batch, lr, seed, title):
 
     A chunk that outlasts its demonstration repeats the last action. Returns the mean loss of the last tenth.
     """
-    rng, losses, optimizer = np.random.default_rng([seed, 0]), [], torch.optim.AdamW(parameters, weight_decay=1e-4)
+    rng, losses = np.random.default_rng([seed, 0]), []
+    optimizer = torch.optim.AdamW(parameters, weight_decay=1e-4)
     index = [(demo, t) for demo in demos for t in range(len(demo.actions))]
     for step in tqdm(range(steps), title, leave=False, disable=None):
         rise, fall = min(1, (step + 1) * 20 / steps), 0.5 + 0.5 * math.cos(math.pi * step / steps)
         optimizer.param_groups[0]["lr"] = lr * rise * fall
         picked = [index[i] for i in rng.integers(len(index), size=batch)]
-        chunks = [demo.actions[np.minimum(t + np.arange(horizon), len(demo.actions) - 1)] for demo, t in picked]
-        instructions = [demo.context.instruction for demo, _ in picked]
-        loss = loss_of([demo.observations[t] for demo, t in picked], instructions, np.stack(chunks))
+        ahead = lambda demo, t: np.minimum(np.arange(t, t + horizon), len(demo.actions) - 1)
+        chunks = [demo.actions[ahead(demo, t)] for demo, t in picked]
+        loss = loss_of([demo.observations[t] for demo, t in picked],
+                       [demo.context.instruction for demo, _ in picked], np.stack(chunks))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -866,18 +875,19 @@ def fit_scale_head(policy, demos, cfg):
 
 # --------------------------------------------------------------------------------------------- 7. Update
 def update(policy, optimizer, episodes, rewards, cfg, run):
-    """Algorithm 1, lines 15-17: N passes of minibatches over the kept episodes: -> means of the diagnostics."""
+    """Algorithm 1, lines 15-17: N passes of minibatches over the kept episodes: -> mean diagnostics."""
     began, logs, H = time.time(), [], policy.arch.chunk
     advantages, parameters = leave_one_out_advantage(rewards).flatten(), list(policy.trainable().values())
-    rng, batches = np.random.default_rng([cfg.seed, run["iteration"]]), math.ceil(len(episodes) / cfg.minibatch)
+    rng = np.random.default_rng([cfg.seed, run["iteration"]])
+    batches = math.ceil(len(episodes) / cfg.minibatch)
     for _ in range(cfg.passes):
         for minibatch in np.array_split(rng.permutation(len(episodes)), batches):
             rows = [(i, q) for i in minibatch for q in range(len(episodes[i].records))]
             records = [episodes[i].records[q] for i, q in rows]
             old = torch.tensor(np.stack([record["log_prob"] for record in records]))  # B H
             mask = torch.tensor([[h < episodes[i].executed[q] for h in range(H)] for i, q in rows])  # B H
-            # A step's weight in the loss goes on its advantage, in which the loss is linear: so micro-batches of
-            # chunks, whichever episodes they come from, add up to the gradient of the minibatch.
+            # A step's weight in the loss goes on its advantage, in which the loss is linear: so micro-batches
+            # of chunks, whichever episodes they come from, add up to the gradient of the minibatch.
             steps = torch.tensor([sum(episodes[i].executed) * len(minibatch) for i, _ in rows])
             gain = advantages[[i for i, _ in rows]] / (steps if cfg.loss_per == "episode" else mask.sum())
             optimizer.zero_grad()
@@ -892,15 +902,13 @@ def update(policy, optimizer, episodes, rewards, cfg, run):
                     off = ((log_prob.detach() - old[part]).exp() - 1)[m].abs().max().item()
                     log["ratio_error"] = max(off, log["ratio_error"])
             log["grad_norm"] = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
-            run["updates"] += 1
-            for group in optimizer.param_groups:
-                group["lr"] = cfg.lr * min(1, run["updates"] / max(1, cfg.warmup))
             optimizer.step()
             logs.append(log)
         if np.mean([log["approx_kl"] for log in logs[-batches:]]) > cfg.target_kl:
             break
     stats = {name: np.mean([log[name] for log in logs]) for name in logs[0]}
-    return stats | dict(ratio_error=logs[0]["ratio_error"], updates=len(logs), seconds_update=time.time() - began)
+    stats |= dict(ratio_error=logs[0]["ratio_error"], updates=len(logs), seconds_update=time.time() - began)
+    return stats
 
 
 # ----------------------------------------------------------------------------------------- 8. Evaluation
@@ -908,9 +916,10 @@ def evaluation_contexts(cfg, tasks):
     """The held-out contexts: LIBERO's stored states; tabletop: seeds that nothing else uses."""
     names, contexts = instructions_of(cfg.suite), []
     for task in tasks:
-        stored = libero_benchmark(cfg.suite).get_task_init_states(task) if cfg.suite in LIBERO else None
-        number = cfg.eval_contexts if stored is None else min(cfg.eval_contexts, len(stored))
-        contexts += [Context(task, names[task], i, None if stored is None else stored[i]) for i in range(number)]
+        states = [None] * cfg.eval_contexts
+        if cfg.suite in LIBERO:
+            states = libero_benchmark(cfg.suite).get_task_init_states(task)[:cfg.eval_contexts]
+        contexts += [Context(task, names[task], i, state) for i, state in enumerate(states)]
     return contexts
 
 
@@ -953,7 +962,8 @@ def report(out, contexts, results, policy, workers, cfg):
     firsts = {context.task: context for context in reversed(contexts)}
     for episode in evaluate(policy, workers, list(firsts.values()), cfg, film=True):
         video = out / f"task{episode.context.task}.mp4"
-        write(video, lambda path: imageio.mimwrite(path, episode.frames, format="mp4", fps=20))
+        write(video, lambda path: imageio.mimwrite(path, episode.frames, format="FFMPEG", fps=20,
+                                                  output_params=["-f", "mp4"]))
 
 
 # ---------------------------------------------------------------------------------------- 9. Bookkeeping
@@ -963,13 +973,15 @@ def brief(error) -> str:
 
 
 def write(path, writer):
-    """Write a file whole or not at all: writer(temporary path), then rename. Raises UserError if it cannot."""
+    """Write a file whole or not at all: writer(temporary path), then rename. UserError if that fails."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         writer(temporary)
         os.replace(temporary, path)
     except OSError as error:
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {brief(error)}") from error
 
 
@@ -996,7 +1008,7 @@ def write_metrics(out, history):
 def save_run(out, policy, optimizer, run):
     """last/ and best/ for the policy's users; run.pt, one file, has all that --resume needs."""
     policy.save(out / "last")
-    if run["history"][-1].get("eval_success", 0) > run["best"]:
+    if run["history"][-1].get("eval_success", -1) > run["best"]:
         run["best"] = run["history"][-1]["eval_success"]
         policy.save(out / "best")
     weights = {name: p.detach() for name, p in policy.trainable().items()}
@@ -1021,9 +1033,9 @@ def load_run(out, policy, optimizer):
 # --------------------------------------------------------------------------------------------- 10. Main
 def check(cfg):
     """Raise UserError for whatever can be known to go wrong, before any long work starts."""
-    least = dict(rollouts=2, groups=1, passes=1, minibatch=1, micro_batch=1, workers=1, eval_contexts=1, sft_batch=4,
-                 demos_per_task=1, image_size=16, iterations=0, sft_steps=0, scale_steps=0, max_rejected=0,
-                 act_batch=0, eval_every=0, task=-1, seed=0)
+    least = dict(rollouts=2, groups=1, passes=1, minibatch=1, micro_batch=1, workers=1, eval_contexts=1,
+                 sft_batch=4, demos_per_task=1, image_size=16, iterations=0, sft_steps=0, scale_steps=0,
+                 max_rejected=0, act_batch=0, eval_every=0, task=-1, seed=0)
     for name, bound in least.items():
         if getattr(cfg, name) < bound:
             raise UserError(f"--{name} must be at least {bound}, got {getattr(cfg, name)}")
@@ -1034,10 +1046,10 @@ def check(cfg):
     try:
         mujoco.GLContext(16, 16).free()
     except Exception as error:  # each backend has its own
-        raise UserError(f"no headless OpenGL with MUJOCO_GL={os.environ['MUJOCO_GL']}, {brief(error)}: install it "
-                        "(Debian: apt-get install libegl1 libgl1-mesa-dri)") from error
-    if cfg.task >= len(instructions_of(cfg.suite)):
-        raise UserError(f"--task must be below {len(instructions_of(cfg.suite))} for {cfg.suite}, got {cfg.task}")
+        raise UserError(f"no headless OpenGL with MUJOCO_GL={os.environ['MUJOCO_GL']}, {brief(error)}: on "
+                        "Debian, apt-get install libegl1 libgl1-mesa-dri") from error
+    if cfg.task >= (tasks := len(instructions_of(cfg.suite))):
+        raise UserError(f"--task must be below {tasks} for {cfg.suite}, got {cfg.task}")
     if cfg.suite in LIBERO:
         from libero.libero import get_libero_path
         if not Path(get_libero_path("assets")).is_dir():
@@ -1073,7 +1085,7 @@ def main(argv=None):
         if not policy.arch.statistics:
             policy.fit_statistics(np.array([o["proprio"] for demo in demos for o in demo.observations]))
         if cfg.sft_steps:
-            print(f"SFT: L1 {sft(policy, demos, cfg):.4f} after {cfg.sft_steps} steps on {len(demos)} demonstrations")
+            print(f"SFT on {len(demos)} demonstrations: L1 {sft(policy, demos, cfg):.4f}")
         if cfg.scale_steps:
             print(f"scale head: NLL {fit_scale_head(policy, demos, cfg):.2f} per action step")
         policy.save(out / "sft")
@@ -1085,12 +1097,13 @@ def main(argv=None):
         task = tasks[number % len(tasks)]
         return Context(task, names[task], TRAIN_SEEDS * (cfg.seed + 1) + number)
 
-    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(policy.trainable().values(), cfg.lr, eps=cfg.adam_eps,
+                                  weight_decay=cfg.weight_decay)
     run = load_run(out, policy, optimizer) if cfg.resume else None
     if run is None:
         before = [episode.success for episode in evaluate(policy, workers, held_out, cfg)]
         first = dict(iteration=0, eval_success=sum(before) / len(before))
-        run = dict(iteration=0, group=0, updates=0, skip={}, best=-1.0, before=before, after=before, history=[first])
+        run = dict(iteration=0, group=0, skip={}, best=-1.0, before=before, after=before, history=[first])
     print(table(held_out, dict(SFT=run["before"])), flush=True)
     while run["iteration"] < cfg.iterations:
         episodes, rewards, stats = collect(policy, workers, context_of, run, cfg)  # lines 4-14
@@ -1108,9 +1121,14 @@ def main(argv=None):
     report(out, held_out, results, policy, workers, cfg)
 
 
-if __name__ == "__main__":
+def cli(argv=None):
+    """main, with one sentence and exit status 2 for what the user can mend."""
     try:
-        main()
+        main(argv)
     except UserError as error:
         print(f"ript.py: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    cli()

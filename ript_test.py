@@ -274,3 +274,408 @@ def test_preprocess_gives_the_original_proprio():
         observation = small_policy().preprocess(raw)
         assert_close(observation["proprio"], g["state"][i], 1e-6)
         assert (observation["pictures"][0] == raw["agentview_image"][::-1, ::-1]).all()  # turned by 180 degrees
+
+
+# ------------------------------------------------------------------------- the simulator, rollouts, supervision
+def libero_or_skip():
+    from libero.libero import get_libero_path
+    if not Path(get_libero_path("assets")).is_dir():
+        pytest.skip("LIBERO's meshes are not there: run libero-download-assets")
+
+
+@pytest.fixture(scope="module")
+def simulator():
+    simulator = Simulator("tabletop", 64, True)
+    yield simulator
+    simulator.close()
+
+
+@pytest.fixture(scope="module")
+def workers():
+    cfg = config("--workers", 3)
+    workers = [Worker(cfg, 0) for _ in range(3)]
+    for worker in workers:
+        worker.receive()
+    return workers
+
+
+def flat_state(simulator):
+    return simulator.env.sim.get_state().flatten()
+
+
+def test_k_resets_to_a_context_are_one_scene_and_other_seeds_are_others(simulator):
+    def start(seed, task=0):
+        raw = simulator.reset(Context(task, TASKS[task], seed))
+        return flat_state(simulator), raw
+
+    (state, raw), (other, _) = start(5), start(6)
+    simulator.step(np.random.default_rng(0).uniform(-1, 1, (16, 7)))  # an episode in between leaves no trace
+    again, raw_again = start(5)
+    assert (state == again).all() and (raw["agentview_image"] == raw_again["agentview_image"]).all()
+    assert (raw["robot0_eye_in_hand_image"] == raw_again["robot0_eye_in_hand_image"]).all()
+    assert np.abs(state - other).max() > 1e-3
+    run = lambda: (start(5), simulator.step(np.random.default_rng(1).uniform(-1, 1, (8, 7))), flat_state(simulator))[-1]
+    assert (run() == run()).all()  # and the same actions lead to the same state
+
+
+def test_the_cubes_have_the_colours_that_the_instructions_name(simulator):
+    picture = simulator.reset(Context(0, TASKS[0], 1))["agentview_image"].astype(int)
+    red = (picture[..., 0] > 2 * picture[..., 1]) & (picture[..., 0] > 2 * picture[..., 2])
+    green = (picture[..., 1] > 2 * picture[..., 0]) & (picture[..., 1] > 2 * picture[..., 2])
+    assert red.sum() > 5 and green.sum() > 5
+
+
+def test_success_is_the_named_cube_lifted_and_the_expert_lifts_it(simulator):
+    for task in (0, 1):
+        observations, actions, attempts = simulator.demonstrate(Context(task, TASKS[task], 1_000_000))
+        assert attempts <= 5 and 15 <= len(actions) == len(observations) <= ript.HORIZON["tabletop"]
+        height = [simulator.env.sim.data.body_xpos[body][2] for body in (simulator.env.cubeA_body_id, simulator.env.cubeB_body_id)]
+        assert height[task] > 0.84 > height[1 - task]  # 4 cm above the table; a cube's centre rests at 2 or 2.5 cm
+
+
+def test_a_chunk_stops_at_success_and_pictures_are_drawn_only_after_it(simulator, monkeypatch):
+    context, drawn = Context(1, TASKS[1], 1_000_000), []
+    draw = simulator.draw
+    monkeypatch.setattr(simulator, "draw", lambda *a: drawn.append(a) or draw(*a))
+    simulator.reset(context)
+    assert len(drawn) == 2
+    ran, success, observation, _ = simulator.step(np.zeros((8, 7)))
+    assert (ran, success, len(drawn)) == (8, False, 4) and observation["agentview_image"].shape == (64, 64, 3)
+    simulator.reset(context)
+    expert, steps, success = simulator.expert(), 0, False
+    while not success:
+        ran, success, observation, _ = simulator.step([next(expert)])
+        steps += ran
+    assert success and observation is None and ran == 1 and steps < 32
+
+
+def run_of(iteration=0, group=0):
+    return dict(iteration=iteration, group=group, skip={})
+
+
+def collect_with(workers, policy, cfg, run=None):
+    contexts = lambda n: Context(n % 2, TASKS[n % 2], ript.TRAIN_SEEDS + n)
+    return ript.collect(policy, workers, contexts, run or run_of(), cfg)
+
+
+def pretrained():
+    return OpenVLAOFT.load(ript.PRESETS["tiny", "tabletop"]["checkpoint"])
+
+
+def test_the_kept_set_does_not_depend_on_the_number_of_workers(workers):
+    cfg = config("--groups", 3, "--rollouts", 3, "--max_rejected", 3)
+    seen = []
+    for n in (1, 2, 3):
+        run = run_of()
+        episodes, rewards, stats = collect_with(workers[:n], pretrained(), cfg, run)
+        seen.append((run["group"], rewards.tolist(), [(e.group, e.k, e.executed, e.success) for e in episodes],
+                     [r["sample"].tobytes() for e in episodes for r in e.records]))
+        assert stats["rollouts"] == 3 * run["group"]
+    assert seen[0] == seen[1] == seen[2]
+    assert sorted(e[:2] for e in seen[0][2]) == [e[:2] for e in seen[0][2]]
+    assert all(ript.has_signal(torch.tensor(seen[0][1]))) and len(seen[0][1]) > 0
+
+
+def rollouts_that_end_as(fate, pick=0, launched=None):
+    """A stand-in for simulate, to try every outcome: fate(episode) is its success, pick the order in which they end."""
+    def simulate(policy, workers, queue, cfg, explore):
+        while queue:
+            episode = queue[pick % len(queue)]
+            queue.remove(episode)
+            episode.success, episode.executed = bool(fate(episode)), [8]
+            episode.records = [dict(scale=0.1, seconds=0)]
+            yield episode
+    return simulate
+
+
+@pytest.mark.parametrize("fate,signature", [(lambda e: False, "too hard"), (lambda e: True, "too easy"),
+                                            (lambda e: e.group % 2, "too deterministic")])
+def test_uniform_groups_are_replaced_up_to_the_cap_and_the_message_names_the_cause(monkeypatch, capsys, fate, signature):
+    monkeypatch.setattr(ript, "simulate", rollouts_that_end_as(fate))
+    run = run_of()
+    episodes, rewards, stats = collect_with([], None, config("--groups", 2, "--rollouts", 2, "--max_rejected", 3), run)
+    assert episodes == [] and len(rewards) == 0 and stats["rejected"] == 1
+    assert run["group"] == 5 and stats["rollouts"] == 10  # 2 groups, and one more for each of 3 rejections
+    assert signature in capsys.readouterr().out
+
+
+def test_kept_groups_are_the_first_with_signal_whatever_order_they_end_in(monkeypatch):
+    results = []
+    for pick in (0, -1, 3):
+        monkeypatch.setattr(ript, "simulate", rollouts_that_end_as(
+            lambda e: e.group in (1, 4, 5) and e.k == 0 or e.group == 2, pick))
+        run = run_of()
+        episodes, rewards, _ = collect_with([], None, config("--groups", 3, "--rollouts", 2), run)
+        results.append(([(e.group, e.k) for e in episodes], rewards.tolist(), run["group"]))
+    assert results[0] == results[1] == results[2]
+    assert results[0] == ([(g, k) for g in (1, 4, 5) for k in (0, 1)], [[1, 0]] * 3, 6)
+
+
+def test_a_solved_context_of_a_finite_set_is_skipped_three_times(monkeypatch):
+    monkeypatch.setattr(ript, "simulate", rollouts_that_end_as(lambda e: e.context.index == 0 or e.k == 0))
+    run, visited = run_of(), []
+    for _ in range(6):  # contexts 0 (always solved) and 1 (has signal) come up in turn
+        _, _, stats = ript.collect(None, [], lambda n: Context(0, TASKS[0], 0, None, n % 2), run,
+                                   config("--groups", 1, "--rollouts", 2, "--max_rejected", 0))
+        visited.append("solved" if stats["solved"] else "kept")
+    assert visited == ["solved", "kept", "kept", "kept", "kept", "solved"]
+
+
+# ----------------------------------------------------------------------------------------- update and supervision
+def made_up_episodes(policy, n=6, seed=0):
+    """Episodes of two to three queries with samples of the policy itself, the last chunk cut short."""
+    rng, episodes = np.random.default_rng(seed), []
+    for i in range(n):
+        queries = 2 + i % 2
+        records = policy.act(random_observations(queries, i), [TASKS[i % 2]] * queries, [rng] * queries)
+        episodes.append(Episode(Context(0, TASKS[0], 0), i // 2, i % 2, records, [8] * (queries - 1) + [3]))
+    return episodes, torch.tensor([[1., 0.]] * (n // 2))
+
+
+@pytest.mark.parametrize("per", ["episode", "token"])
+def test_micro_batches_add_up_to_the_loss_of_the_whole_minibatch(per):
+    gradients = []
+    for micro_batch in (1, 4, 1000):
+        policy = small_policy()
+        episodes, rewards = made_up_episodes(policy)
+        for e in episodes:
+            for r in e.records:
+                r["log_prob"] = r["log_prob"] + np.float32(0.05)  # ratios other than one
+        cfg = config("--passes", 1, "--minibatch", 6, "--micro_batch", micro_batch, "--loss_per", per)
+        optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-9)
+        ript.update(policy, optimizer, episodes, rewards, cfg, run_of())
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.trainable().values()]))
+    policy = small_policy()
+    rows = [torch.cat(list(policy.log_prob(e.records))) for e in episodes]
+    pad = lambda x: torch.nn.functional.pad(x, (0, 24 - len(x)))
+    old = torch.stack([pad(torch.tensor(np.concatenate([r["log_prob"] for r in e.records]))) for e in episodes])
+    mask = torch.stack([pad(torch.tensor([h < n for n in e.executed for h in range(8)])) for e in episodes])
+    advantage = ript.leave_one_out_advantage(rewards).flatten()
+    ript.ppo_clip_loss(torch.stack([pad(r) for r in rows]), old, advantage, mask, cfg.clip, per)[0].backward()
+    torch.nn.utils.clip_grad_norm_(policy.trainable().values(), cfg.max_grad_norm)
+    expected = torch.cat([p.grad.flatten() for p in policy.trainable().values()])
+    for gradient in gradients:
+        assert_close(gradient, expected, 1e-5)
+    assert expected.norm() > 1e-3
+
+
+def test_update_starts_at_ratio_one_and_makes_rewarded_actions_likelier():
+    policy = small_policy()
+    episodes, rewards = made_up_episodes(policy)
+    before = [policy.log_prob(e.records)[0].sum().item() for e in episodes]
+    cfg = config("--passes", 1, "--minibatch", 6)
+    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-4)
+    scale_head = [p.clone() for p in policy.scale_head.parameters()]
+    run = run_of()
+    stats = ript.update(policy, optimizer, episodes, rewards, cfg, run)
+    assert stats["ratio_error"] < 1e-4 and stats["updates"] == 1
+    after = [policy.log_prob(e.records)[0].sum().item() for e in episodes]
+    change = [b - a for a, b in zip(before, after)]
+    assert min(change[::2]) > max(change[1::2])  # k = 0 was rewarded, k = 1 was not
+    assert all((a == b).all() for a, b in zip(scale_head, policy.scale_head.parameters()))
+
+
+def test_passes_stop_once_the_policy_has_moved_too_far():
+    policy = small_policy()
+    episodes, rewards = made_up_episodes(policy)
+    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-3)
+    cfg = config("--passes", 50, "--minibatch", 2, "--target_kl", 0.05)
+    assert ript.update(policy, optimizer, episodes, rewards, cfg, run_of())["updates"] < 150
+
+
+def test_sft_learns_and_the_scale_head_is_fitted_alone(simulator):
+    policy, cfg = small_policy(), config("--sft_steps", 30, "--scale_steps", 20, "--sft_batch", 16, "--sft_lr", 1e-3)
+    observations, actions, _ = simulator.demonstrate(Context(0, TASKS[0], 1_000_000))
+    demos = [ript.Demonstration(Context(0, TASKS[0], 1), [policy.preprocess(o) for o in observations], actions)]
+    policy.fit_statistics(np.array([o["proprio"] for o in demos[0].observations]))
+    batch = (demos[0].observations[:4], [TASKS[0]] * 4, np.stack([actions[i:i + 8] for i in range(4)]))
+    before = policy.sft_loss(*batch).item()
+    ript.sft(policy, demos, cfg)
+    assert policy.sft_loss(*batch).item() < 0.5 * before
+    frozen, before = {n: p.clone() for n, p in policy.trainable().items()}, policy.scale_loss(*batch).item()
+    ript.fit_scale_head(policy, demos, cfg)
+    assert policy.scale_loss(*batch).item() < before
+    assert all((p == frozen[name]).all() for name, p in policy.trainable().items())
+
+
+# -------------------------------------------------------------------------------------------------- whole runs
+QUICK = ["--groups", 2, "--rollouts", 3, "--max_rejected", 2, "--iterations", 2, "--sft_steps", 4, "--scale_steps", 3,
+         "--sft_batch", 8, "--eval_contexts", 2, "--eval_every", 1, "--workers", 2]
+
+
+def launch(*argv, timeout=600, **environment):
+    return subprocess.run([sys.executable, HERE / "ript.py", *map(str, argv)], capture_output=True, text=True,
+                          timeout=timeout, env=os.environ | environment)
+
+
+def rows_without_seconds(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
+
+
+def test_a_whole_run_repeats_itself_resumes_and_is_evaluated(tmp_path):
+    a, b, c = (tmp_path / name for name in "abc")
+    done = launch(*QUICK, "--out", a)
+    assert done.returncode == 0, done.stderr
+    assert launch(*QUICK, "--out", b).returncode == 0
+    assert rows_without_seconds(a) == rows_without_seconds(b) and len(rows_without_seconds(a)) == 3
+    assert launch(*QUICK, "--iterations", 1, "--out", c).returncode == 0
+    resumed = launch("--resume", c, "--iterations", 2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert rows_without_seconds(a) == rows_without_seconds(c)
+    assert (a / "last/model.safetensors").read_bytes() == (c / "last/model.safetensors").read_bytes()
+    names = {"config.json", "metrics.jsonl", "metrics.csv", "curve.png", "run.pt", "evaluation.csv", "task0.mp4",
+             "task1.mp4", "sft", "last", "best"}
+    assert {path.name for path in a.iterdir()} == names  # no temporary file among them
+    assert "exact McNemar p" in done.stdout and "ratio_error" in done.stdout
+    evaluated = launch("--eval", "--checkpoint", a / "last", "--eval_contexts", 2, "--out", tmp_path / "e")
+    assert evaluated.returncode == 0, evaluated.stderr
+    column = lambda path: [line.split(",")[-1] for line in path.read_text().splitlines()[1:]]
+    assert column(tmp_path / "e/evaluation.csv") == column(a / "evaluation.csv")  # what was saved is what was trained
+
+
+def test_an_iteration_in_libero_with_the_small_policy(tmp_path):
+    libero_or_skip()
+    done = launch("--suite", "libero_object", "--task", 0, *QUICK, "--groups", 1, "--rollouts", 2, "--iterations", 1,
+                  "--demos_per_task", 1, "--eval_contexts", 1, "--max_rejected", 0, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = rows_without_seconds(tmp_path)
+    assert rows[1]["env_steps"] >= 2 * 100 and rows[1]["rollouts"] == 2
+    assert (tmp_path / "task0.mp4").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("suite,task", [("libero_goal", 1), ("libero_10", 2)])
+def test_libero_resets_softly_to_the_stored_state_at_every_episode(suite, task):
+    libero_or_skip()
+    simulator, cfg = Simulator(suite, 64, True), config("--suite", suite, "--eval_contexts", 2)
+    contexts = ript.evaluation_contexts(cfg, [task])
+    try:
+        states = []
+        for context in (contexts[0], contexts[1], contexts[0]):
+            simulator.reset(context)
+            simulator.step(np.random.default_rng(0).uniform(-1, 1, (16, 7)))
+            states.append((flat_state(simulator), simulator.env.sim.model.body_pos.copy()))
+        assert np.abs(states[0][0] - states[2][0]).max() < 1e-9 and (states[0][1] == states[2][1]).all()
+        assert np.abs(states[0][0] - states[1][0]).max() > 1e-3
+    finally:
+        simulator.close()
+
+
+def write_demonstration(path, steps=12, size=64, actions=None):
+    """A file as LIBERO's are: upside-down pictures, actions, simulator states."""
+    rng = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        demo = file.create_group("data/demo_0")
+        demo["actions"] = rng.uniform(-1, 1, (steps, 7)) if actions is None else actions
+        demo["states"] = rng.standard_normal((steps, 50))
+        for name, width in (("ee_pos", 3), ("ee_ori", 3), ("gripper_states", 2), ("joint_states", 7)):
+            demo[f"obs/{name}"] = rng.standard_normal((steps, width))
+        for name in ("agentview_rgb", "eye_in_hand_rgb"):
+            demo[f"obs/{name}"] = rng.integers(0, 255, (steps, size, size, 3), dtype=np.uint8)
+
+
+def test_libero_demonstrations_give_observations_actions_and_contexts(tmp_path):
+    task = ript.libero_benchmark("libero_goal").tasks[3]
+    write_demonstration(tmp_path / f"{task.name}_demo.hdf5")
+    cfg = config("--suite", "libero_goal", "--task", 3, "--demos", tmp_path)
+    (demo,) = ript.libero_demonstrations(small_policy(), cfg, [3])
+    with h5py.File(tmp_path / f"{task.name}_demo.hdf5") as file:
+        source = file["data/demo_0"]
+        assert (demo.actions == source["actions"][:]).all() and (demo.context.state == source["states"][0]).all()
+        assert (demo.observations[5]["pictures"][0] == source["obs/agentview_rgb"][5][::-1, ::-1]).all()
+        angle = np.linalg.norm(source["obs/ee_ori"][5])  # the same turn, with its axis the other way for more than pi
+        ours = demo.observations[5]["proprio"][3:6]
+        assert_close(min(np.linalg.norm(ours - source["obs/ee_ori"][5]), abs(np.linalg.norm(ours) + angle - 2 * math.pi)), 0, 1e-5)
+    assert (demo.context.task, demo.context.instruction, demo.context.index) == (3, task.language, 0)
+
+
+MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared below
+    ("--rollout 8", "unrecognized arguments: --rollout"),
+    ("--suite libero", "'libero_spatial', 'libero_object'"),
+    ("--model gpt", "'tiny'"),
+    ("--lr fast", "--lr"),
+    ("--rollouts 1", "--rollouts must be at least 2"),
+    ("--groups 0", "--groups must be at least 1"),
+    ("--workers 0", "--workers must be at least 1"),
+    ("--minibatch 0", "--minibatch must be at least 1"),
+    ("--task 2", "--task must be below 2"),
+    ("--loss_per step", "'token'"),
+    ("--eval --suite libero_goal", "--eval needs --checkpoint"),
+    ("--checkpoint {tmp}/none", "cannot load a policy from {tmp}/none"),
+    ("--checkpoint {tmp}/corrupt", "cannot load a policy from {tmp}/corrupt"),
+    ("--checkpoint {tmp}/other", "cannot load a policy from {tmp}/other"),
+    ("--resume {tmp}/none", "cannot resume {tmp}/none"),
+    ("--out {tmp}/file/run", "cannot write {tmp}/file/run"),
+    ("--suite libero_goal --task 0 --demos {tmp}/broken", "cannot read the demonstrations in {tmp}/broken"),
+    ("--suite libero_goal --task 0 --demos {tmp}/wrong", "(12, 6)"),
+    ("--suite libero_goal --task 0 --demos {tmp}/none", "cannot read the demonstrations in {tmp}/none"),
+]
+
+
+@pytest.fixture(scope="module")
+def tmp(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("mistakes")
+    (tmp / "file").write_text("")
+    for name in ("corrupt", "other"):
+        small_policy().save(tmp / name)
+    (tmp / "corrupt/model.safetensors").write_bytes((tmp / "other/model.safetensors").read_bytes()[:1000])
+    arch = json.loads((tmp / "other/config.json").read_text())
+    arch["llm"]["intermediate_size"] = 48
+    (tmp / "other/config.json").write_text(json.dumps(arch))
+    name = f"{ript.libero_benchmark('libero_goal').tasks[0].name}_demo.hdf5"
+    for folder in ("broken", "wrong"):
+        (tmp / folder).mkdir()
+        write_demonstration(tmp / folder / name, actions=np.zeros((12, 6)))
+    (tmp / "broken" / name).write_bytes((tmp / "wrong" / name).read_bytes()[:2000])
+    return tmp
+
+
+@pytest.mark.parametrize("arguments,sentence", MISTAKES)
+def test_a_mistake_gets_one_sentence_and_status_2(tmp, capsys, arguments, sentence):
+    if "--demos" in arguments:
+        libero_or_skip()
+    with pytest.raises(SystemExit) as exit:
+        ript.cli(arguments.format(tmp=tmp).split())
+    said = capsys.readouterr()
+    assert exit.value.code == 2 and said.out == ""
+    assert sentence.format(tmp=tmp) in said.err and said.err.count("\n") == 1 and said.err.startswith("ript.py: ")
+
+
+def test_a_mistake_leaves_no_traceback_at_the_command_line():
+    done = launch("--rollouts", 1)
+    assert done.returncode == 2 and done.stderr == "ript.py: --rollouts must be at least 2, got 1\n"
+
+
+def test_no_opengl_and_another_mujoco_get_one_sentence(monkeypatch):
+    monkeypatch.setattr(ript.mujoco, "__version__", "3.4.0")
+    with pytest.raises(UserError, match="pip install mujoco==3.3.2"):
+        ript.check(config())
+    done = launch("--groups", 1, MUJOCO_GL="egl", MUJOCO_EGL_DEVICE_ID="99")
+    assert done.returncode == 2 and done.stderr.startswith("ript.py: no headless OpenGL with MUJOCO_GL=egl")
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_reads_as_documentation():
+    done = launch("--help")
+    assert done.returncode == 0 and "Algorithm 1   repeat M times:" in done.stdout
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name}" in done.stdout and " ".join(field.metadata["help"].split()[:2]) in done.stdout
+
+
+def test_presets_yield_to_the_command_line_and_libero_long_is_libero_10():
+    assert config("--suite", "libero_long").suite == "libero_10"
+    assert config().iterations == 15 and config("--iterations", 3).iterations == 3
+    assert ript.HORIZON["libero_10"] == 520 and ript.HORIZON["libero_object"] == 280
+
+
+def test_metrics_and_checkpoints_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    ript.write(path, lambda p: p.write_text("first"))
+
+    def fails(p):
+        p.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left"):
+        ript.write(path, fails)
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]

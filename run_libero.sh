@@ -41,14 +41,17 @@ fi
 
 # 4. LIBERO's meshes, where a LIBERO suite is asked for. LIBERO_ASSET_PATH=DIR links a copy that is already there.
 export LIBERO_CONFIG_PATH="${LIBERO_CONFIG_PATH:-$(python -c 'import sys; print(sys.prefix)')/.libero}"
-case " $* " in *libero_*)
-    python - <<'PY' || libero-download-assets || die "LIBERO's meshes could not be fetched: run libero-download-assets"
+has_meshes() {
+    python - <<'PY'
 import contextlib, io, os, sys
 with contextlib.redirect_stdout(io.StringIO()):
     from libero.libero import get_libero_path
 sys.exit(not os.path.isdir(get_libero_path("assets")))
 PY
-esac
+}
+if [[ " $* " == *libero_* || -n "${LIBERO_ASSET_PATH:-}" ]] && ! has_meshes; then
+    libero-download-assets || die "LIBERO's meshes could not be fetched: run libero-download-assets"
+fi
 
 # 5. Go.
 if [ "${1:-}" = test ]; then
