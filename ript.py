@@ -118,8 +118,9 @@ TINY = dict(image_size=64, collision=True, act_batch=1, sft_steps=2500, passes=3
 PRESETS = {("tiny", suite): dict(TINY, out=f"runs/{suite}") for suite in LIBERO} | {
     ("tiny", "tabletop_pretrain"): dict(TINY, out="runs/tabletop_pretrain", demos_per_task=150, scale_steps=0,
                                         iterations=0),
-    ("tiny", "tabletop"): dict(TINY, out="runs/tabletop", checkpoint=str(Path(__file__).parent / "assets/tabletop"),
-                               demos_per_task=1, sft_steps=50, sft_lr=1e-4, iterations=15, groups=16)}
+    ("tiny", "tabletop"): dict(TINY, out="runs/tabletop", demos_per_task=1,
+                               checkpoint=str(Path(__file__).parent / "assets/tabletop"),
+                               sft_steps=50, sft_lr=1e-4, iterations=15, groups=16)}
 HORIZON = dict(zip(LIBERO, (220, 280, 300, 520, 400)), tabletop=32, tabletop_pretrain=32)  # steps of 50 ms
 MUJOCO = "3.3.2"  # others draw darker pictures (from 3.3.3) or break a stored state of LIBERO (from 3.4.0)
 BUMP = (-0.02, 0.02, 0.0)  # tabletop: what the wrist camera was moved by after pretraining, metres
