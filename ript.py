@@ -120,7 +120,8 @@ PRESETS = {("tiny", suite): dict(TINY, out=f"runs/{suite}") for suite in LIBERO}
                                         iterations=0),
     ("tiny", "tabletop"): dict(TINY, out="runs/tabletop", demos_per_task=1,
                                checkpoint=str(Path(__file__).parent / "assets/tabletop"),
-                               sft_steps=50, sft_lr=1e-4, iterations=15, groups=16)}
+                               sft_steps=5, sft_lr=2e-5, iterations=15, groups=16, max_rejected=12,
+                               passes=4, lr=2.4e-4, eval_every=3)}
 HORIZON = dict(zip(LIBERO, (220, 280, 300, 520, 400)), tabletop=32, tabletop_pretrain=32)  # steps of 50 ms
 MUJOCO = "3.3.2"  # others draw darker pictures (from 3.3.3) or break a stored state of LIBERO (from 3.4.0)
 BUMP = (-0.02, 0.02, 0.0)  # tabletop: what the wrist camera was moved by after pretraining, metres
@@ -963,8 +964,7 @@ def report(out, contexts, results, policy, workers, cfg):
     firsts = {context.task: context for context in reversed(contexts)}
     for episode in evaluate(policy, workers, list(firsts.values()), cfg, film=True):
         video = out / f"task{episode.context.task}.mp4"
-        write(video, lambda path: imageio.mimwrite(path, episode.frames, format="FFMPEG", fps=20,
-                                                  output_params=["-f", "mp4"]))
+        write(video, lambda path: imageio.mimwrite(path, episode.frames, fps=20))
 
 
 # ---------------------------------------------------------------------------------------- 9. Bookkeeping
@@ -975,7 +975,7 @@ def brief(error) -> str:
 
 def write(path, writer):
     """Write a file whole or not at all: writer(temporary path), then rename. UserError if that fails."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         writer(temporary)
@@ -1003,7 +1003,7 @@ def write_metrics(out, history):
         axes.set_ylim(0, None if axes is seconds else 1.02)
         axes.legend()
     seconds.set_xlabel("iteration")
-    write(out / "curve.png", lambda path: figure.savefig(path, format="png", bbox_inches="tight"))
+    write(out / "curve.png", lambda path: figure.savefig(path, bbox_inches="tight"))
 
 
 def save_run(out, policy, optimizer, run):
@@ -1047,6 +1047,7 @@ def check(cfg):
     try:
         mujoco.GLContext(16, 16).free()
     except Exception as error:  # each backend has its own
+        sys.unraisablehook = lambda _: None  # a half-made context complains again when it is deleted
         raise UserError(f"no headless OpenGL with MUJOCO_GL={os.environ['MUJOCO_GL']}, {brief(error)}: on "
                         "Debian, apt-get install libegl1 libgl1-mesa-dri") from error
     if cfg.task >= (tasks := len(instructions_of(cfg.suite))):
