@@ -1040,6 +1040,8 @@ def check(cfg):
     for name, bound in least.items():
         if getattr(cfg, name) < bound:
             raise UserError(f"--{name} must be at least {bound}, got {getattr(cfg, name)}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("one process only for now: start python ript.py without torchrun")
     if cfg.eval and not cfg.checkpoint:
         raise UserError("--eval needs --checkpoint DIR, the directory of a saved policy")
     if mujoco.__version__ != MUJOCO:

@@ -655,6 +655,12 @@ def test_no_opengl_and_another_mujoco_get_one_sentence(monkeypatch):
     assert done.stderr.count("\n") == 1
 
 
+def test_several_processes_get_one_sentence(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process only"):
+        ript.check(config())
+
+
 def test_help_reads_as_documentation():
     done = launch("--help")
     assert done.returncode == 0 and "Algorithm 1   repeat M times:" in done.stdout
