@@ -1054,6 +1054,8 @@ def check(cfg):
                         "Debian, apt-get install libegl1 libgl1-mesa-dri") from error
     if cfg.task >= (tasks := len(instructions_of(cfg.suite))):
         raise UserError(f"--task must be below {tasks} for {cfg.suite}, got {cfg.task}")
+    if cfg.suite in LIBERO and cfg.suite != "libero_object" and not (cfg.eval or cfg.demos):
+        raise UserError(f"there is no scripted expert for {cfg.suite}: give --demos DIR, LIBERO's HDF5 files")
     if cfg.suite in LIBERO:
         from libero.libero import get_libero_path
         if not Path(get_libero_path("assets")).is_dir():
@@ -1095,7 +1097,7 @@ def main(argv=None):
         policy.save(out / "sft")
 
     def context_of(number):  # the stream of training contexts; a finite set in a new order at each pass
-        if demos and cfg.demos:
+        if cfg.demos:
             order = np.random.default_rng([cfg.seed, number // len(demos)]).permutation(len(demos))
             return demos[order[number % len(demos)]].context
         task = tasks[number % len(tasks)]

@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-from collections import deque
 from pathlib import Path
 
 import h5py
@@ -601,6 +600,7 @@ MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared bel
     ("--task 2", "--task must be below 2"),
     ("--loss_per step", "'token'"),
     ("--eval --suite libero_goal", "--eval needs --checkpoint"),
+    ("--suite libero_10", "there is no scripted expert for libero_10: give --demos DIR"),
     ("--checkpoint {tmp}/none", "cannot load a policy from {tmp}/none"),
     ("--checkpoint {tmp}/corrupt", "cannot load a policy from {tmp}/corrupt"),
     ("--checkpoint {tmp}/other", "cannot load a policy from {tmp}/other"),
