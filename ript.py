@@ -11,10 +11,10 @@ lets it act in a simulator: a rollout succeeds or it does not, and the policy le
       15-17         N passes of minibatches over the kept rollouts, minimising                         (Eq. 6)
                     -min(r A, clip(r, 1 - eps, 1 + eps) A),  r = pi_theta(a | o) / pi_psi(a | o)
 
-Departures. From the paper: contexts are drawn from the task itself unless --demos gives the demonstrations'.
+Departures. From the paper: contexts are drawn from the task itself, unless --demos gives demonstrations.
 From the released code: an action is scored with the density it was drawn from, in float32; steps of a chunk
-after success do not count; minibatch borders leave no gradient over; the simulator is seeded anew at every
-episode, so that the K rollouts of a group share one scene; pictures are drawn only when the policy looks.
+after success do not count; minibatch borders leave no gradient over; every episode seeds the simulator, so
+that the K rollouts of a group share one scene; pictures are drawn only when the policy looks.
 
     python ript.py                                            the laptop: MuJoCo on two cores, no download
     python ript.py --suite libero_object --task 0             the same small policy in LIBERO
@@ -25,22 +25,24 @@ D width, V cameras.
 """
 import os
 import sys
-for _name, _value in dict(MUJOCO_GL="egl", OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0",
-                          LIBERO_CONFIG_PATH=f"{sys.prefix}/.libero").items():
-    os.environ.setdefault(_name, _value)  # mujoco, OpenMP and LIBERO read these when they are imported
+for name, value in dict(MUJOCO_GL="egl", OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0",
+                        LIBERO_CONFIG_PATH=f"{sys.prefix}/.libero").items():
+    os.environ.setdefault(name, value)  # mujoco, OpenMP and LIBERO read these when they are imported
 
 import argparse
-import dataclasses
 import io
 import json
 import logging
 import math
 import multiprocessing
+import resource
+import signal
 import time
 import traceback
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -54,26 +56,28 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from scipy.spatial.transform import Rotation
 from scipy.stats import binomtest
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.elastic.multiprocessing import errors
 from tqdm import tqdm
-from transformers import DynamicCache, HfArgumentParser, LlamaConfig, LlamaForCausalLM
-
+from transformers import ByT5Tokenizer, DynamicCache, HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 # --------------------------------------------------------------------------------------- 1. Configuration
+LIBERO = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+HORIZON = dict(zip(LIBERO, (220, 280, 300, 520, 400)), tabletop=32, tabletop_pretrain=32)  # steps of 50 ms
+MUJOCO = "3.3.2"  # others draw darker pictures (from 3.3.3) or break a stored state of LIBERO (from 3.4.0)
+SLIP = (0.15, 0.15, 0, 0, 0, 0, 0)  # tabletop: what the arm, worn since pretraining, adds to every action
+SCRIPTED = ("tabletop", "tabletop_pretrain", "libero_object")  # suites with a scripted expert
+DEMO_SEEDS, TRAIN_SEEDS = 1_000_000, 10_000_000  # of contexts; evaluation has the seeds below
+
 def option(default, text):
     """A field of Config: its default, and what --help says of it."""
-    return field(default=default, metadata={"help": text})
-
-
-LIBERO = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
-SUITES = ("tabletop", "tabletop_pretrain", *LIBERO, "libero_long")
-
+    return field(default=default, metadata={"help": f"{text} [%(default)s]"})
 
 @dataclass
 class Config:
     """Every setting. A preset of (model, suite) overrides these defaults, the command line overrides both."""
     model: Literal["tiny"] = option("tiny", "the policy; tiny is an OpenVLA-OFT of laptop size")
-    suite: Literal[SUITES] = option("tabletop", "the tasks; libero_long is libero_10")
+    suite: Literal[(*HORIZON, "libero_long")] = option("tabletop", "the tasks; libero_long is libero_10")
     task: int = option(-1, "only this task of the suite; -1: all of them")
     checkpoint: str = option("", "directory of the policy to start from; none: random weights")
     out: str = option("runs/latest", "directory for configuration, metrics, curve, videos and checkpoints")
@@ -86,7 +90,6 @@ class Config:
     demos_per_task: int = option(10, "scripted demonstrations per task, where --demos gives none")
     sft_steps: int = option(0, "optimiser steps of supervised fine-tuning, L1 loss")
     sft_lr: float = option(1e-3, "learning rate of SFT, with warm-up and cosine decay")
-    sft_batch: int = option(64, "action chunks per step of SFT")
     scale_steps: int = option(500, "optimiser steps of the scale head, Laplace NLL, everything else frozen")
     # Stage 3: RIPT
     iterations: int = option(12, "outer steps, M")
@@ -99,10 +102,9 @@ class Config:
     clip: float = option(0.1, "PPO's clip range, eps")
     loss_per: Literal["episode", "token"] = option("episode", "what the loss is a mean over")
     lr: float = option(5e-5, "learning rate, AdamW")
-    adam_eps: float = option(1e-8, "AdamW's epsilon; far above the gradient, steps are proportional to it")
-    weight_decay: float = option(1e-4, "weight decay, AdamW")
+    momentum: float = option(0.9, "AdamW's beta1; 0 where an iteration is a single step")
+    anneal: bool = option(False, "let the learning rate fall to zero over the iterations, linearly")
     max_grad_norm: float = option(1.0, "the gradient's norm is clipped here")
-    target_kl: float = option(math.inf, "no further pass after one whose approx_kl is above this")
     scale_multiplier: float = option(1.0, "factor on the Laplace scale b, when sampling and when scoring")
     # Evaluation and simulation
     eval_contexts: int = option(50, "held-out contexts per task; LIBERO stores 50")
@@ -112,49 +114,33 @@ class Config:
     collision: bool = option(False, "draw collision meshes in plain colours: 10 times faster without a GPU")
     act_batch: int = option(0, "observations per forward when acting; 0: all; 1: --workers changes nothing")
 
+TINY = dict(image_size=64, collision=True, act_batch=1, sft_steps=2500, minibatch=128, micro_batch=256,
+            lr=2e-4, momentum=0.0, anneal=True)
+PRESETS = {("tiny", suite): dict(TINY, out=f"runs/{suite}") for suite in HORIZON}
+PRESETS["tiny", "tabletop_pretrain"] |= dict(demos_per_task=150, scale_steps=0, iterations=0)
+PRESETS["tiny", "tabletop"] |= dict(
+    checkpoint=str(Path(__file__).parent / "assets/tabletop"), demos_per_task=1, sft_steps=5, sft_lr=2e-5,
+    iterations=8, groups=16, max_rejected=12, eval_every=2)
 
-TINY = dict(image_size=64, collision=True, act_batch=1, sft_steps=2500, passes=3, minibatch=64,
-            micro_batch=256, clip=0.2, lr=1e-4, adam_eps=1e-2, target_kl=0.1)
-PRESETS = {("tiny", suite): dict(TINY, out=f"runs/{suite}") for suite in LIBERO} | {
-    ("tiny", "tabletop_pretrain"): dict(TINY, out="runs/tabletop_pretrain", demos_per_task=150, scale_steps=0,
-                                        iterations=0),
-    ("tiny", "tabletop"): dict(TINY, out="runs/tabletop", demos_per_task=1,
-                               checkpoint=str(Path(__file__).parent / "assets/tabletop"),
-                               sft_steps=5, sft_lr=2e-5, iterations=15, groups=16, max_rejected=12,
-                               passes=4, lr=2.4e-4, eval_every=3)}
-HORIZON = dict(zip(LIBERO, (220, 280, 300, 520, 400)), tabletop=32, tabletop_pretrain=32)  # steps of 50 ms
-MUJOCO = "3.3.2"  # others draw darker pictures (from 3.3.3) or break a stored state of LIBERO (from 3.4.0)
-BUMP = (-0.02, 0.02, 0.0)  # tabletop: what the wrist camera was moved by after pretraining, metres
-DEMO_SEEDS, TRAIN_SEEDS = 1_000_000, 10_000_000  # of contexts; evaluation has the seeds below
-
-
-class UserError(Exception):
-    """Something the user can mend: printed as one sentence, exit status 2."""
-
-
-class Parser(HfArgumentParser):
-    """The command line of Config; a mistake is a UserError, and the docstring above keeps its layout."""
-    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Both."""
-
-    def error(self, message):
-        raise UserError(f"{message} (python ript.py --help lists the settings)")
-
+def fail(message):
+    """What the user can mend: one sentence, exit status 2."""
+    say(f"ript.py: {' '.join(str(message).split())[:500]}", sys.stderr)
+    sys.exit(2)
 
 def parse_config(argv) -> Config:
     """Dataclass < preset < command line; with --resume, the run's own configuration replaces the preset."""
-    parser = Parser(Config, description=__doc__, allow_abbrev=False, formatter_class=Parser.Help)
+    parser = HfArgumentParser(Config, description=__doc__, allow_abbrev=False,
+                              formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message} (python ript.py --help lists the settings)")
     given = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
-    preset = PRESETS[given.model, given.suite.replace("long", "10")]
+    parser.set_defaults(**PRESETS[given.model, given.suite.replace("long", "10")])
     if given.resume:
         try:
-            preset = json.loads((Path(given.resume) / "config.json").read_text()) | dict(out=given.resume)
+            parser.set_defaults(**json.loads((Path(given.resume) / "config.json").read_text()))
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot resume {given.resume}: its config.json, {brief(error)}") from error
-    parser.set_defaults(**preset)
+            fail(f"cannot resume {given.resume}, its config.json: {error}")
     cfg = Config(**vars(parser.parse_args(argv)))
-    return dataclasses.replace(cfg, suite=cfg.suite.replace("long", "10"))
-
+    return replace(cfg, suite=cfg.suite.replace("long", "10"), out=cfg.resume or cfg.out)
 
 # --------------------------------------------------------------------------------------- 2. The algorithm
 def leave_one_out_advantage(rewards):
@@ -167,11 +153,9 @@ def leave_one_out_advantage(rewards):
         raise ValueError(f"leave_one_out_advantage needs K >= 2 rollouts per context, got {K}")
     return rewards - (rewards.sum(-1, keepdim=True) - rewards) / (K - 1)
 
-
 def has_signal(rewards):
     """The rejection rule (Algorithm 1, lines 11-14): (C, K) -> (C,) bool, False where all K are equal."""
     return (rewards != rewards[:, :1]).any(-1)
-
 
 def laplace_log_prob(action, mean, log_scale):
     """Log-density of a factorised Laplace, (..., A) each -> (...), summed over A; float32 whatever comes in.
@@ -180,7 +164,6 @@ def laplace_log_prob(action, mean, log_scale):
     """
     action, mean, log_scale = action.float(), mean.float(), log_scale.float()
     return (-(action - mean).abs() * torch.exp(-log_scale) - log_scale - math.log(2)).sum(-1)
-
 
 def ppo_clip_loss(log_prob, old_log_prob, advantage, mask, clip=0.2, per="episode"):
     """PPO's clipped objective, negated (Eq. 6), with one ratio per executed action step.
@@ -203,22 +186,56 @@ def ppo_clip_loss(log_prob, old_log_prob, advantage, mask, clip=0.2, per="episod
         stats = {name: (value * token_weight).sum() for name, value in stats.items()}
     return -(torch.minimum(plain, clipped) * weight).sum(), stats
 
+# --------------------------------------------------------------------------------------- 3. Distribution
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+STORE = None  # torchrun's key-value store, which has atomic counters
 
-# ------------------------------------------------------------------------------------------- 3. Policies
-class MLP(nn.Module):
+def join(device):
+    """Make the processes that torchrun started one group: NCCL on GPUs, gloo on CPU.
+
+    A rank may be minutes behind the others, hence the timeout; torchrun ends the job when a rank dies.
+    """
+    global STORE
+    if device == "cuda":  # a GPU for each, for the simulator's pictures too
+        torch.cuda.set_device(local := int(os.environ.get("LOCAL_RANK", 0)))
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", seen.split(",")[local] if seen else str(local))
+    if WORLD > 1:
+        STORE, rank, world = next(distributed.rendezvous("env://"))
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        distributed.init_process_group(backend, store=STORE, rank=rank, world_size=world,
+                                       timeout=timedelta(hours=12))
+
+def say(text, file=None):
+    """Print on rank 0."""
+    if RANK == 0:
+        print(text, file=file, flush=True)
+
+def gather(value) -> list:
+    """The value of every rank."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        distributed.all_gather_object(values, value)
+    return values
+
+def reduce_gradients(parameters):
+    """Sum gradients over the ranks, in one all-reduce of one flat tensor."""
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    if WORLD > 1:
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        distributed.all_reduce(flat)
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad = part.view_as(p)
+
+# ------------------------------------------------------------------------------------------- 4. Policies
+def mlp(*widths):
     """Linear layers fc1, fc2, ... with exact GELU between them."""
-    def __init__(self, *widths):
-        super().__init__()
-        for i in range(1, len(widths)):
-            self.add_module(f"fc{i}", nn.Linear(widths[i - 1], widths[i]))
-
-    def forward(self, x):
-        first, *others = self.children()
-        x = first(x)
-        for layer in others:
-            x = layer(F.gelu(x))
-        return x
-
+    layers = OrderedDict()
+    for i in range(1, len(widths)):
+        layers |= {f"fc{i}": nn.Linear(widths[i - 1], widths[i]), f"gelu{i}": nn.GELU()}
+    layers.popitem()
+    return nn.Sequential(layers)
 
 class Block(nn.Module):
     """A pre-norm transformer block with timm's names: LayerNorm eps 1e-6, exact GELU, maybe LayerScale."""
@@ -227,18 +244,17 @@ class Block(nn.Module):
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attn = nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)))
-        self.mlp = MLP(dim, int(dim * mlp_ratio), dim)
+        self.mlp = mlp(dim, int(dim * mlp_ratio), dim)
         for name in ("ls1", "ls2") if layer_scale else ():
             self.add_module(name, nn.ParameterDict(dict(scale_factor=torch.ones(dim))))
-        self.scales = lambda: [self.ls1["scale_factor"], self.ls2["scale_factor"]] if layer_scale else [1, 1]
+        self.scale = lambda name: self.get_submodule(name)["scale_factor"] if layer_scale else 1
 
     def forward(self, x):
-        (B, P, D), (scale1, scale2) = x.shape, self.scales()
+        B, P, D = x.shape
         q, k, v = self.attn["qkv"](self.norm1(x)).view(B, P, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, P, D)
-        x = x + self.attn["proj"](seen) * scale1
-        return x + self.mlp(self.norm2(x)) * scale2
-
+        x = x + self.attn["proj"](seen) * self.scale("ls1")
+        return x + self.mlp(self.norm2(x)) * self.scale("ls2")
 
 class Tower(nn.Module):
     """A vision transformer with timm's names (DINOv2, SigLIP): pictures (B, 3, h, w) -> patches (B, P, dim).
@@ -247,22 +263,20 @@ class Tower(nn.Module):
     """
     def __init__(self, dim, depth, heads, mlp_ratio=4., prefix=0, layer_scale=False, size=224, patch=14):
         super().__init__()
-        self.prefix = prefix  # a class token and registers, which get no position
         self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, dim, patch, patch)))
         self.pos_embed = nn.Parameter(torch.randn(1, (size // patch) ** 2, dim) * 0.02)
+        self.prefix = prefix  # a class token and registers, which get no position
         if prefix:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
             self.reg_token = nn.Parameter(torch.zeros(1, prefix - 1, dim))
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, layer_scale) for _ in range(depth - 1))
+        self.blocks = nn.Sequential(*(Block(dim, heads, mlp_ratio, layer_scale) for _ in range(depth - 1)))
 
     def forward(self, pictures):
         x = self.patch_embed["proj"](pictures).flatten(2).mT + self.pos_embed  # B P D
         if self.prefix:
-            x = torch.cat([torch.cat([self.cls_token, self.reg_token], 1).expand(len(x), -1, -1), x], 1)
-        for block in self.blocks:
-            x = block(x)
-        return x[:, self.prefix:]
-
+            extra = torch.cat([self.cls_token, self.reg_token], 1)
+            x = torch.cat([extra.expand(len(x), -1, -1), x], 1)
+        return self.blocks(x)[:, self.prefix:]
 
 class Keypoints(nn.Module):
     """A tower that learns to see in minutes, by where its channels look: (B, 3, h, w) -> (B, 1, dim)."""
@@ -276,7 +290,6 @@ class Keypoints(nn.Module):
         heat = self.look(pictures)  # B keypoints h w
         grid = torch.cartesian_prod(*(torch.linspace(-1, 1, n).to(heat) for n in heat.shape[-2:]))  # hw 2
         return self.read((heat.flatten(2).softmax(-1) @ grid).flatten(1))[:, None]  # spatial softmax
-
 
 class MLPResNet(nn.Module):
     """The body of OpenVLA-OFT's heads: (B, H, wide) -> (B, H, out). The residual joins after the ReLU."""
@@ -293,7 +306,6 @@ class MLPResNet(nn.Module):
             x = x + block["ffn"](x)
         return self.fc2(self.layer_norm2(x))
 
-
 @dataclass
 class Architecture:
     """The sizes of an OpenVLAOFT and the bounds of its inputs, as in config.json. Defaults: the laptop's."""
@@ -301,11 +313,13 @@ class Architecture:
     llm: dict = field(default_factory=lambda: dict(vocab_size=259, hidden_size=96, intermediate_size=192,
                                                    num_hidden_layers=2, num_attention_heads=4))
     prompt: str = "{}"  # around the instruction
-    whole_gradient: bool = True  # False: through the last positions only, as the 7B trains
-    log_scale_range: tuple = (math.log(0.1), math.log(0.2))  # clamp of log b, normalised action units
+    trained: tuple = ("action_head",)  # what stage 3 trains, the first parts of names
+    # Bounds of b, normalised action units: wide for rotation, which matters little here, since a wide density
+    # makes for quiet gradients; narrow for the gripper, whose sign decides.
+    scale_range: tuple = ((0.1, 0.1, 0.1, 0.4, 0.4, 0.4, 0.1), (0.2, 0.2, 0.2, 0.5, 0.5, 0.5, 0.2))
     chunk: int = 8  # action steps per query, H
-    statistics: dict = field(default_factory=dict)  # q01 and q99 of action (7) and proprio (8)
-
+    statistics: dict = field(default_factory=lambda: dict(  # the bounds that become -1 and 1
+        action=dict(q01=[-1.0] * 7, q99=[1.0] * 7), proprio=dict(q01=[-1.5] * 8, q99=[1.5] * 8)))
 
 class OpenVLAOFT(nn.Module):
     """OpenVLA-OFT with a Laplace scale head: two vision towers, Llama attending both ways, an L1 head.
@@ -314,7 +328,7 @@ class OpenVLAOFT(nn.Module):
     BOS | patches of each camera | proprio | padding, prompt, space | A H zeros | stop. As a language model
     predicts the next token, the heads read the final hidden states of the space and the first A H - 1 zeros.
 
-    The policy protocol is preprocess, act, log_prob, sft_loss, scale_loss, trainable, save and load.
+    The policy protocol is preprocess, act, log_prob, imitation_loss, trainable, save and load.
     """
     A, BOS, SPACE, STOP = 7, 1, 35, 2
 
@@ -323,7 +337,7 @@ class OpenVLAOFT(nn.Module):
         self.arch, D, wide = arch, arch.llm["hidden_size"], sum(tower["dim"] for tower in arch.towers)
         towers = [Tower(**tower) if "depth" in tower else Keypoints(**tower) for tower in arch.towers]
         self.vision_backbone = nn.ModuleDict(dict(featurizer=towers[0], fused_featurizer=towers[1]))
-        self.projector, self.proprio_projector = MLP(wide, 4 * wide, D, D), MLP(8, D, D)
+        self.projector, self.proprio_projector = mlp(wide, 4 * wide, D, D), mlp(8, D, D)
         self.language_model = LlamaForCausalLM(LlamaConfig(**arch.llm))
         self.language_model.lm_head = nn.Identity()  # actions do not come from the vocabulary
         self.action_head = nn.ModuleDict(dict(model=MLPResNet(self.A * D, D, self.A)))
@@ -331,7 +345,7 @@ class OpenVLAOFT(nn.Module):
         self.scale_head = nn.ModuleDict(dict(trunk=trunk, log_b_head=log_b_head))
         nn.init.xavier_uniform_(log_b_head.weight, gain=0.01)
         nn.init.constant_(log_b_head.bias, -3.0)
-        self.scale_multiplier = 1.0
+        self.tokenizer, self.scale_multiplier = ByT5Tokenizer(), 1.0
         self.eval()  # for good: old and new log-probabilities must come from one function
 
     # -- observations and actions
@@ -344,61 +358,60 @@ class OpenVLAOFT(nn.Module):
         pictures = np.stack([raw[f"{name}_image"][::-1, ::-1] for name in Simulator.CAMERAS])
         return dict(pictures=pictures, proprio=proprio)
 
-    def fit_statistics(self, proprio):
-        """Bounds from demonstrations, (N, 8); those of actions are the controller's own, [-1, 1]."""
-        q01, q99 = np.quantile(proprio, (0.01, 0.99), 0).tolist()
-        action = dict(q01=[-1.0] * self.A, q99=[1.0] * self.A)
-        self.arch.statistics = dict(proprio=dict(q01=q01, q99=q99), action=action)
-
     def _bounds(self, kind):
         low, high = (np.array(self.arch.statistics[kind][name]) for name in ("q01", "q99"))
         return low, high - low + 1e-8
 
     def to_env_actions(self, normalised):
         """Head units -> the environment's (..., 7): motion within its bounds, gripper -1 open, +1 closed."""
-        normalised, (low, width) = np.asarray(normalised, np.float64), self._bounds("action")
-        motion, gripper = (normalised + 1) / 2 * width + low, -np.sign(2 * normalised[..., 6:] - 1)
-        return np.concatenate([motion[..., :6], gripper], -1)
+        low, width = self._bounds("action")
+        actions = (np.asarray(normalised, np.float64) + 1) / 2 * width + low
+        actions[..., 6] = np.sign(1 - 2 * np.asarray(normalised)[..., 6])
+        return actions
 
     def from_env_actions(self, actions):
         """The inverse of to_env_actions: labels of imitation, as a tensor."""
         low, width = self._bounds("action")
-        motion, gripper = 2 * (actions - low) / width - 1, (1 - np.sign(actions[..., 6:])) / 2
-        return torch.tensor(np.concatenate([motion[..., :6], gripper], -1), dtype=torch.float32)
+        normalised = 2 * (actions - low) / width - 1
+        normalised[..., 6] = (1 - np.sign(actions[..., 6])) / 2
+        return torch.tensor(normalised, dtype=torch.float32)
 
     # -- the forward pass
     def _embed(self, observations, instructions):
         """-> the sequence's embeddings (B, S, D), its mask (B, 1, S, S) and its position ids (B, S)."""
         words, zeros = self.language_model.model.embed_tokens, self.A * self.arch.chunk
-        to = lambda x: torch.as_tensor(np.stack(x)).to(words.weight)
+        to = lambda rows: torch.as_tensor(np.stack(rows)).to(words.weight)
         pictures = to([o["pictures"] for o in observations]).permute(0, 1, 4, 2, 3) / 127.5 - 1  # B V 3 h w
         seen = torch.cat([tower(pictures.flatten(0, 1)) for tower in self.vision_backbone.values()], -1)
         patches = self.projector(seen).unflatten(0, pictures.shape[:2]).flatten(1, 2)  # B VP D
         low, width = self._bounds("proprio")
         proprio = to([np.clip(2 * (o["proprio"] - low) / width - 1, -1, 1) for o in observations])
-        tokens = [[byte + 3 for byte in self.arch.prompt.format(text.lower()).encode()] + [self.SPACE]
-                  for text in instructions]
-        longest = max(map(len, tokens))
-        ids = [[self.BOS] + [0] * (longest - len(t)) + t + [self.STOP] for t in tokens]
-        prompt = words(torch.tensor(ids, device=patches.device))
-        x = torch.cat([prompt[:, :1], patches, self.proprio_projector(proprio)[:, None], prompt[:, 1:-1],
-                       prompt.new_zeros(len(prompt), zeros, prompt.shape[-1]), prompt[:, -1:]], 1)
-        S = x.shape[1]
-        place, end = torch.arange(S, device=x.device), S - 1 - zeros  # where the prompt ends
-        start = end - torch.tensor([[len(t)] for t in tokens], device=x.device)
-        real = (place < end - longest) | (place >= start)  # B S, False for padding before a shorter prompt
-        return x, real[:, None, None].expand(-1, 1, S, -1), real.cumsum(-1) - 1
+        texts = [self.arch.prompt.format(text.lower()) + " " for text in instructions]
+        tokens = self.tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left",
+                                return_tensors="pt").to(words.weight.device)
+        B, D = len(texts), patches.shape[-1]
+        first, stop = (words(tokens.input_ids.new_full((B, 1), token)) for token in (self.BOS, self.STOP))
+        x = torch.cat([first, patches, self.proprio_projector(proprio)[:, None], words(tokens.input_ids),
+                       patches.new_zeros(B, zeros, D), stop], 1)
+        real = F.pad(tokens.attention_mask, (patches.shape[1] + 2, zeros + 1), value=1).bool()  # B S
+        return x, real[:, None, None].expand(-1, 1, x.shape[1], -1), real.cumsum(-1) - 1
 
     def _hidden(self, observations, instructions):
-        """The final hidden states that the heads read, (B, A H, D)."""
-        last = self.A * self.arch.chunk + 2  # the space, the zeros, the stop token
-        short = torch.is_grad_enabled() and not self.arch.whole_gradient
+        """The final hidden states that the heads read, (B, A H, D), with gradient as far back as any trains.
+
+        Where the decoder trains and what feeds it does not, one pass without gradient over the sequence fills
+        the cache, which is cropped to the prompt; the last A H + 2 positions run again, with gradient.
+        """
+        trains = lambda part: torch.is_grad_enabled() and any(p.requires_grad for p in part.parameters())
+        whole = any(map(trains, (self.vision_backbone, self.projector, self.proprio_projector)))
+        last = self.A * self.arch.chunk + 2  # the space, the zeros, the stop
+        short = trains(self.language_model) and not whole
         cache, llama = DynamicCache() if short else None, self.language_model.model
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not short):
+        with torch.set_grad_enabled(whole):
             x, mask, positions = self._embed(observations, instructions)
             hidden = llama(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=short,
                            past_key_values=cache).last_hidden_state
-        if short:  # the last positions once more, with gradient; the cache has the other keys and values
+        if short:
             cache.crop(-last)
             hidden = llama(inputs_embeds=x[:, -last:], attention_mask=mask[:, :, -last:],
                            position_ids=positions[:, -last:], past_key_values=cache).last_hidden_state
@@ -416,7 +429,8 @@ class OpenVLAOFT(nn.Module):
     def _density(self, observations, instructions):
         """The mean and the log of the scale b that actions are both drawn from and scored with."""
         mean, log_scale = self.predict(observations, instructions)
-        return mean, log_scale.clamp(*self.arch.log_scale_range) + math.log(self.scale_multiplier)
+        low, high = (torch.tensor(bound).log().to(mean) for bound in self.arch.scale_range)
+        return mean, log_scale.clamp(low, high) + math.log(self.scale_multiplier)
 
     # -- the rest of the protocol
     @torch.no_grad()
@@ -436,46 +450,47 @@ class OpenVLAOFT(nn.Module):
 
     def log_prob(self, records):
         """Log-probability of each action step of the records' chunks, with gradient: (B, H)."""
-        rows = ((r["observation"], r["instruction"], r["sample"]) for r in records)
-        observations, instructions, sample = zip(*rows)
+        observations, instructions, sample = zip(*(
+            (record["observation"], record["instruction"], record["sample"]) for record in records))
         mean, log_scale = self._density(observations, instructions)
         return laplace_log_prob(torch.tensor(np.stack(sample)).to(mean), mean, log_scale)
 
-    def sft_loss(self, observations, instructions, actions):
-        """L1 between the mean and demonstrated actions (B, H, 7), environment units."""
-        mean, _ = self.predict(observations, instructions)
-        return F.l1_loss(mean, self.from_env_actions(actions).to(mean))
+    def imitation_loss(self, stage, observations, instructions, actions):
+        """Of demonstrated actions (B, H, 7), environment units: L1 for "sft", Laplace NLL for "scale"."""
+        mean, log_scale = self.predict(observations, instructions)
+        target = self.from_env_actions(actions).to(mean)
+        if stage == "sft":
+            return F.l1_loss(mean, target)
+        return -laplace_log_prob(target, mean, log_scale).mean()
 
-    def scale_loss(self, observations, instructions, actions):
-        """Laplace NLL of demonstrated actions; its gradient reaches the scale head alone."""
-        with torch.no_grad():
-            hidden = self._hidden(observations, instructions)
-        mean, log_scale = self._heads(hidden)
-        return -laplace_log_prob(self.from_env_actions(actions).to(mean), mean.detach(), log_scale).mean()
-
-    def trainable(self):
-        """Named parameters of stage 3: all but the scale head, which keeps the exploration it has learned."""
-        return {name: p for name, p in self.named_parameters() if not name.startswith("scale_head")}
+    def trainable(self, stage):
+        """Named parameters of a stage, the only ones with gradient from now on: "sft", "scale" or "ript"."""
+        parts = dict(sft=[name for name, _ in self.named_children() if name != "scale_head"],
+                     scale=["scale_head"], ript=self.arch.trained)[stage]
+        chosen = {name: p for name, p in self.named_parameters() if name.startswith(tuple(parts))}
+        self.requires_grad_(False)
+        for p in chosen.values():
+            p.requires_grad_(True)
+        return chosen
 
     def save(self, directory):
         """Write model.safetensors and config.json."""
-        arch = json.dumps(dataclasses.asdict(self.arch), indent=1)
+        arch = json.dumps(asdict(self.arch), indent=1)
         write(directory / "config.json", lambda path: path.write_text(arch))
         weights = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()}
         write(directory / "model.safetensors", lambda path: save_file(weights, path))
 
     @classmethod
     def load(cls, directory):
-        """Read what save wrote, strictly. Raises UserError if it is missing, damaged or of another model."""
+        """Read what save wrote, strictly."""
         try:
             policy = cls(Architecture(**json.loads((Path(directory) / "config.json").read_text())))
             policy.load_state_dict(load_file(Path(directory) / "model.safetensors"))
         except Exception as error:  # whatever json, safetensors and torch say of a damaged file
-            raise UserError(f"cannot load a policy from {directory}: {brief(error)}") from error
+            fail(f"cannot load a policy from {directory}: {error or type(error).__name__}")
         return policy
 
-
-# ------------------------------------------------------------------------------------------ 4. Simulator
+# ------------------------------------------------------------------------------------------ 5. Simulator
 @dataclass
 class Context:
     """What an episode starts from: a task, and how to reset to one scene of it."""
@@ -485,20 +500,20 @@ class Context:
     state: Optional[np.ndarray] = None  # flattened simulator state to set after the reset
     index: int = -1  # place in a finite set of contexts; -1: drawn anew
 
-
 def libero_benchmark(suite):
     """LIBERO's benchmark object of a suite; the first import says where it keeps its settings."""
     with redirect_stdout(io.StringIO()):
         from libero.libero import benchmark
         return benchmark.get_benchmark(suite)()
 
-
-def instructions_of(suite) -> list[str]:
-    """The instructions of a suite, in task order."""
-    if suite in LIBERO:
-        return [task.language for task in libero_benchmark(suite).tasks]
-    return ["lift the red cube", "lift the green cube"]
-
+def tasks_of(cfg) -> dict[int, str]:
+    """Numbers and instructions of the tasks that a run is about."""
+    names = ["lift the red cube", "lift the green cube"]
+    if cfg.suite in LIBERO:
+        names = [task.language for task in libero_benchmark(cfg.suite).tasks]
+    if cfg.task >= len(names):
+        fail(f"--task must be below {len(names)} for {cfg.suite}, got {cfg.task}")
+    return {task: name for task, name in enumerate(names) if cfg.task in (task, -1)}
 
 class Simulator:
     """One environment, in a process of its own: reset to a context, run a chunk of actions, look."""
@@ -507,42 +522,39 @@ class Simulator:
     def __init__(self, suite, image_size, collision):
         self.suite, self.image_size, self.collision = suite, image_size, collision
         self.tabletop, self.env, self.task = suite not in LIBERO, None, None
+        self.flags = dict(robots=["Panda"], use_camera_obs=False, has_renderer=False, ignore_done=True,
+                          has_offscreen_renderer=True, control_freq=20, hard_reset=False)
 
     def build(self, task):
-        """Make the task's environment if it is not there already (one scene serves both tabletop tasks)."""
-        if self.env is None or not (self.tabletop or self.task == task):
-            self.close()
-            flags = dict(robots=["Panda"], use_camera_obs=False, has_renderer=False, ignore_done=True,
-                         has_offscreen_renderer=True, control_freq=20, hard_reset=False)
-            if self.tabletop:
-                self.env = self.stack(flags)
-            else:
-                from libero.libero.envs.env_wrapper import ControlEnv
-                bddl_file = libero_benchmark(self.suite).get_task_bddl_file_path(task)
-                self.env = ControlEnv(bddl_file_name=bddl_file, **flags).env
+        """Make the task's environment, unless it is there: one scene serves both tabletop tasks."""
+        if self.task is None or not (self.tabletop or self.task == task):
+            if self.env:
+                self.env.close()  # EGL wants that before the next one
+            self.env = self.stack() if self.tabletop else self.libero(task)
             if self.collision:
                 self.paint()
-        self.task = task
+        self.task, env = task, self.env
+        self.goal = [(env.cubeA_body_id, env.cubeB_body_id)[task]] if self.tabletop else [
+            env.obj_body_id[name] for name in env.obj_of_interest if name in env.obj_body_id]
 
-    def stack(self, flags):
+    def libero(self, task):
+        """LIBERO's environment of a task, without its wrapper."""
+        from libero.libero.envs.env_wrapper import ControlEnv
+        bddl_file = libero_benchmark(self.suite).get_task_bddl_file_path(task)
+        return ControlEnv(bddl_file_name=bddl_file, **self.flags).env
+
+    def stack(self):
         """robosuite's Stack scene for the tabletop suites: a stiff arm, the hand 15 cm above the table."""
         import robosuite
         controller = robosuite.load_controller_config(default_controller="OSC_POSE")
         controller["kp"] = 300  # twice the default stiffness: 22 control steps for an episode, not 30
-        for bound in ("output_max", "output_min"):  # 0.1 rad a step, not 0.5: there is nothing to turn
-            controller[bound][3:] = [x / 5 for x in controller[bound][3:]]
-        env = robosuite.make("Stack", controller_configs=controller, initialization_noise=None, **flags)
+        for bound in ("output_max", "output_min"):  # 0.05 rad a step, not 0.5: there is nothing to turn
+            controller[bound][3:] = [x / 10 for x in controller[bound][3:]]
+        env = robosuite.make("Stack", controller_configs=controller, initialization_noise=None, **self.flags)
         env.robots[0].init_qpos = np.array([0, 0.548, 0, -2.235, 0, 2.910, 0.785])
         model = env.sim.model
         model.cam_fovy[model.camera_name2id("agentview")] = 35  # degrees; 45 shows more floor than table
-        if self.suite == "tabletop":  # scenario B: somebody bumped the wrist camera, metres
-            model.cam_pos[model.camera_name2id("robot0_eye_in_hand")] += BUMP
         return env
-
-    def close(self):
-        """Free the environment: EGL wants that before the next one and before the interpreter's end."""
-        if self.env is not None:
-            self.env.close()
 
     def paint(self):
         """Collision meshes have no material: a colour for each object, the cubes' as instructions have it."""
@@ -555,138 +567,117 @@ class Simulator:
             model.geom_rgba[geom] = (*colour, 1)
 
     def reset(self, context):
-        """Seed, reset, set the state, settle, look; in this order at every episode, since LIBERO's fixtures
-        are placed by the seed and are no part of the state."""
+        """Seed, reset, set the state, settle; in this order at every episode, since LIBERO's fixtures are
+        placed by the seed and are no part of the state. -> an answer like step's."""
         self.build(context.task)
         np.random.seed(context.seed)
         self.env.reset()
-        data = self.env.sim.data
         if self.tabletop:  # cubes in squares of 12 cm, red on the left, green on the right
             for cube, side in ((self.env.cubeA, -1), (self.env.cubeB, 1)):
                 x, y = np.random.uniform(-0.06, 0.06), side * np.random.uniform(0.04, 0.16)
                 place = self.env.table_offset + (x, y, cube.size[2])
-                data.set_joint_qpos(cube.joints[0], [*place, 1, 0, 0, 0])
+                self.env.sim.data.set_joint_qpos(cube.joints[0], [*place, 1, 0, 0, 0])
         if context.state is not None:
             self.env.sim.set_state_from_flattened(context.state)
         self.env.sim.forward()
         for _ in range(0 if self.tabletop else 10):
             self.env.step(self.REST)
-        return self.look()
+        self.closing = 0
+        return 0, False, self.look(), []
+
+    def step(self, actions, film=False):
+        """Run actions (n, 7) until success: -> how many ran, success, the observation then, a film's frames.
+
+        The reward: LIBERO's goal holds, or the cube's centre is 4 cm above the table, which is at 80 cm."""
+        frames = []
+        for ran, action in enumerate(actions, 1):
+            self.env.step(action + np.array(SLIP) if self.suite == "tabletop" else action)
+            self.closing = self.closing + 1 if action[6] > 0 else 0
+            if film:
+                frames.append(self.draw("agentview", 256, False)[::-1])
+            height = self.env.sim.data.body_xpos[self.goal[0]][2] if self.tabletop else 0
+            if height > 0.84 or not self.tabletop and self.env._check_success():
+                return ran, True, None, frames
+        return ran, False, self.look(), frames
 
     def look(self):
-        """The raw observation by robosuite's names: both cameras and proprioception."""
-        size, collision = self.image_size, self.collision
-        raw = {f"{name}_image": self.draw(name, size, collision) for name in self.CAMERAS}
-        return self.env._get_observations(force_update=True) | raw
+        """The raw observation by robosuite's names; "goal" and "closing" are for the expert alone."""
+        size, collision, places = self.image_size, self.collision, self.env.sim.data.body_xpos[self.goal]
+        raw = {f"{camera}_image": self.draw(camera, size, collision) for camera in self.CAMERAS}
+        return self.env._get_observations(force_update=True) | raw | dict(goal=places, closing=self.closing)
 
     def draw(self, camera, size, collision):
         """One picture (size, size, 3) uint8, upside down as OpenGL has it."""
         self.env.sim._render_context_offscreen.vopt.geomgroup[:2] = (collision, not collision)
         return self.env.sim.render(camera_name=camera, width=size, height=size)
 
-    def target(self):
-        """Where the object to pick is, (3,), metres: for the reward and the expert, not for the policy."""
-        if self.tabletop:
-            return self.env.sim.data.body_xpos[(self.env.cubeA_body_id, self.env.cubeB_body_id)[self.task]]
-        return self.env.sim.data.body_xpos[self.env.obj_body_id[self.env.obj_of_interest[0]]]
-
-    def step(self, actions, film=False):
-        """Run actions (n, 7) until success: -> how many ran, success, the observation then, a film's frames.
-
-        The binary reward: LIBERO's goal holds, or the named cube's centre is 4 cm above the table."""
-        frames = []
-        for ran, action in enumerate(actions, 1):
-            self.env.step(action)
-            if film:
-                frames.append(self.draw("agentview", 256, False)[::-1])
-            lifted = self.tabletop and self.target()[2] > self.env.table_offset[2] + 0.04
-            if lifted or not self.tabletop and self.env._check_success():
-                return ran, True, None, frames
-        return ran, False, self.look(), frames
-
-    def expert(self):
-        """Actions of a hand that knows where things are: above, down, close, up; LIBERO: basket, open."""
-        hand = lambda: self.env.sim.data.site_xpos[self.env.robots[0].eef_site_id]
-        off = lambda place: np.abs(place[:2] - hand()[:2]).max()
-
-        def move(place, z, gripper):
-            return np.array([*np.clip(15 * ([*place[:2], z] - hand()), -1, 1), 0, 0, 0, gripper])
-
-        low, hover, high = (0.815, 0.88, 0.95) if self.tabletop else self.target()[2] + (0.01, 0.12, 0.3)
-        while off(self.target()) > 0.012 or hand()[2] > low + 0.012:
-            yield move(self.target(), low if off(self.target()) < 0.02 else hover, -1)
-        grasp = hand().copy()
-        for _ in range(6 if self.tabletop else 8):
-            yield move(grasp, low, 1)
-        while self.tabletop or hand()[2] < high - 0.02:
-            yield move(grasp, high, 1)
-        basket = self.env.sim.data.body_xpos[self.env.obj_body_id[self.env.obj_of_interest[1]]]
-        while off(basket) > 0.02:
-            yield move(basket, high, 1)
-        while True:
-            yield move(basket, high, -1)
-
-    def demonstrate(self, context):
-        """The expert's first success at context.seed, + 1000, ...: -> raw observations of every step, actions
-        (T, 7), attempts. The hand drifts at first and trembles throughout, so that recoveries are shown; the
-        labels stay clean. Raises RuntimeError after 50 attempts."""
-        for attempt in range(50):
-            rng, actions, success = np.random.default_rng(context.seed + 1000 * attempt), [], False
-            observations = [self.reset(dataclasses.replace(context, seed=context.seed + 1000 * attempt))]
-            drift, expert = rng.uniform(-0.9, 0.9, 3), self.expert()
-            while not success and len(actions) < HORIZON[self.suite]:
-                actions.append(next(expert))
-                shaken = actions[-1].copy()
-                shaken[:3] += 0.3 * rng.standard_normal(3) + (drift if len(actions) <= 4 else 0)
-                _, success, observation, _ = self.step([shaken])
-                observations.append(observation)
-            if success:
-                return observations[:-1], np.array(actions), attempt + 1
-        raise RuntimeError(f"the scripted expert never succeeds at {context.instruction!r}")
-
-
 def worker_main(connection, *arguments):
     """A simulator process: answers (method, *arguments) with (result, None) or (None, traceback)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer; this process ends after it
     logging.disable(logging.WARNING)  # robosuite's remarks about its macros
     torch.set_num_threads(1)
     simulator = Simulator(*arguments)
     try:
-        while message := connection.recv():
+        while True:
+            method, *arguments = connection.recv()
             try:
-                connection.send((getattr(simulator, message[0])(*message[1:]), None))
+                connection.send((getattr(simulator, method)(*arguments), None))
             except Exception:
                 connection.send((None, traceback.format_exc()))
-    except (EOFError, KeyboardInterrupt, BrokenPipeError):
-        pass  # the trainer is gone
-    simulator.close()
-    os._exit(0)  # robosuite's destructors would free what is already freed
-
+    except (EOFError, OSError):
+        os._exit(0)  # the trainer is gone; robosuite's destructors would free what is already freed
 
 class Worker:
     """The trainer's end of a simulator process, and the episode it is running."""
+    PATIENCE, TRIES = 120, 3  # seconds for an answer; processes for an episode
+
     def __init__(self, cfg, task):
+        self.arguments, self.task = (cfg.suite, cfg.image_size, cfg.collision), task
+        self.episode, self.observation, self.process = None, None, None
+        self.spawn()
+
+    def spawn(self):
+        """Start the process, in place of one that died or hangs."""
+        if self.process:
+            self.process.kill()
+            self.process.join()
         context = multiprocessing.get_context("spawn")  # OpenGL and CUDA do not survive a fork
         self.connection, child = context.Pipe()
-        arguments = (child, cfg.suite, cfg.image_size, cfg.collision)
-        self.process = context.Process(target=worker_main, args=arguments, daemon=True)
+        self.process = context.Process(target=worker_main, args=(child, *self.arguments), daemon=True)
         self.process.start()
         child.close()
-        self.task, self.episode, self.observation = task, None, None
-        self.send("build", task)
+
+    def begin(self, episode, tries=TRIES):
+        """Start an episode; a rollout is a function of its numbers, so starting again changes nothing."""
+        episode.records, episode.executed, episode.frames = [], [], []
+        self.episode, self.task, self.tries = episode, episode.context.task, tries
+        self.send("reset", episode.context)
 
     def send(self, method, *arguments):
-        """Ask for Simulator.method(*arguments); receive waits for the answer."""
-        self.connection.send((method, *arguments))
+        """Ask for Simulator.method(*arguments). Of a dead process receive hears."""
+        try:
+            self.connection.send((method, *arguments))
+        except OSError:
+            pass
 
     def receive(self):
-        """The answer to the last send. Raises RuntimeError with the worker's traceback."""
-        result, error = self.connection.recv()
-        if error:
-            raise RuntimeError(f"a simulator process failed:\n{error}")
-        return result
+        """The answer to the last send; where it fails, the episode's reset in a new process, 3 times at most.
 
+        Raises RuntimeError with the last failure."""
+        try:
+            hangs = not self.connection.poll(self.PATIENCE)
+            result, error = (None, "it hangs") if hangs else self.connection.recv()
+        except (EOFError, OSError):
+            error = "it died"
+        if not error:
+            return result
+        if self.tries == 1:
+            raise RuntimeError(f"the simulator failed {self.TRIES} times at {self.episode.context}: {error}")
+        self.spawn()
+        self.begin(self.episode, self.tries - 1)
+        return self.receive()
 
-# ------------------------------------------------------------------------------------------- 5. Rollouts
+# ------------------------------------------------------------------------------------------- 6. Rollouts
 @dataclass
 class Episode:
     """One rollout: the whole interface between simulator and optimiser."""
@@ -698,7 +689,6 @@ class Episode:
     success: bool = False
     frames: list = field(default_factory=list)
 
-
 def simulate(policy, workers, queue, cfg, explore=None, film=False):
     """Roll out every Episode of a deque, which the caller may extend meanwhile; yield each as it ends.
 
@@ -709,119 +699,167 @@ def simulate(policy, workers, queue, cfg, explore=None, film=False):
     torch.set_num_threads(1)  # the workers want the other cores
     while queue or any(worker.episode for worker in workers):
         for half in (workers[::2], workers[1::2]):
+            ready = []
             for worker in half:
                 if episode := worker.episode:
                     ran, episode.success, worker.observation, frames = worker.receive()
-                    episode.executed.append(ran)
+                    episode.executed += [ran] if ran else []  # a reset runs none
                     episode.frames += frames
                     if episode.success or sum(episode.executed) == horizon:
                         worker.episode = None
                         yield episode
-            started = [worker for worker in half if not worker.episode][:len(queue)]
-            for worker in started:  # an episode of the task whose environment the worker has, if there is one
-                worker.episode = next((e for e in queue if e.context.task == worker.task), queue[0])
-                queue.remove(worker.episode)
-                worker.task = worker.episode.context.task
-                worker.send("reset", worker.episode.context)
-            for worker in started:
-                worker.observation = worker.receive()
-            busy = [worker for worker in half if worker.episode]
-            size = cfg.act_batch or len(busy) or 1
-            for batch in (busy[i:i + size] for i in range(0, len(busy), size)):
+                    else:
+                        ready.append(worker)
+                if queue and not worker.episode:  # the worker's own task first: its environment is there
+                    episode = next((e for e in queue if e.context.task == worker.task), queue[0])
+                    queue.remove(episode)
+                    worker.begin(episode)
+            size = cfg.act_batch or len(ready) or 1
+            for batch in (ready[i:i + size] for i in range(0, len(ready), size)):
                 began, episodes = time.time(), [worker.episode for worker in batch]
                 records = policy.act([policy.preprocess(worker.observation) for worker in batch],
                                      [episode.context.instruction for episode in episodes],
                                      explore and [explore(episode) for episode in episodes])
                 for worker, episode, record in zip(batch, episodes, records):
+                    if not np.isfinite(record["actions"]).all():
+                        raise RuntimeError(f"an action is not finite: {cfg.suite}, {episode.context}")
                     worker.send("step", record.pop("actions")[:horizon - sum(episode.executed)], film)
                     episode.records.append(dict(record, seconds=(time.time() - began) / len(batch)))
     torch.set_num_threads(threads)
 
-
 def collect(policy, workers, context_of, run, cfg):
     """Algorithm 1, lines 4-14: -> the kept episodes, their rewards (C, K), statistics; advances run["group"].
 
-    Groups are numbered. cfg.groups of them are launched and every rejected one launches the next number, so
-    the kept set is a prefix of the numbered stream whatever the timing: quick episodes are not favoured, and
-    nothing that runs is thrown away. A context of a finite set, once solved K of K, is skipped 3 times.
+    Groups are numbered, by a counter that all ranks share. cfg.groups of them are launched and every rejected
+    one launches the next number, so the kept set is a prefix of the numbered stream whatever the timing:
+    quick episodes are not favoured, and nothing that runs is thrown away. A context of a finite set, once
+    solved K of K, is skipped 3 times. Of other ranks' episodes all is known but the records.
     """
-    began, queue, groups, ended, outcome = time.time(), deque(), {}, Counter(), {}
+    began, queue, groups, numbers, ticket, ended = time.time(), deque(), {}, [], None, Counter()
+    explore = lambda e: np.random.default_rng((cfg.seed, run["iteration"], e.group, e.k, len(e.records)))
+    store = STORE or distributed.HashStore()
+    count = lambda what, more=0: store.add(f"{run['iteration']} {what}", more)
+    allowed = lambda: cfg.groups + min(count("rejected"), cfg.max_rejected)
 
-    def launch():
-        while run["skip"].get(context_of(run["group"]).index, 0) > 0:
-            run["skip"][context_of(run["group"]).index] -= 1
-            run["group"] += 1
-        number, run["group"] = run["group"], run["group"] + 1
-        groups[number] = [Episode(context_of(number), number, k) for k in range(cfg.rollouts)]
-        queue.extend(groups[number])
+    def number_of(ticket):  # every rank counts one stream of contexts, less those to skip
+        while len(numbers) <= ticket:
+            index, run["group"] = context_of(run["group"]).index, run["group"] + 1
+            if run["skip"].get(index, 0) > 0:
+                run["skip"][index] -= 1
+            else:
+                numbers.append(run["group"] - 1)
+        return numbers[ticket]
 
-    def explore(episode):
-        numbers = (cfg.seed, run["iteration"], episode.group, episode.k, len(episode.records))
-        return np.random.default_rng(numbers)
+    def launch():  # this rank's share at first, then whatever is allowed when workers run out of episodes
+        nonlocal ticket
+        while len(groups) < cfg.groups / WORLD or len(queue) <= len(workers):
+            ticket = count("taken", 1) - 1 if ticket is None else ticket
+            if ticket >= allowed():
+                return
+            number, ticket = number_of(ticket), None
+            groups[number] = [Episode(context_of(number), number, k) for k in range(cfg.rollouts)]
+            queue.extend(groups[number])
 
-    for _ in range(cfg.groups):
-        launch()
-    episodes = simulate(policy, workers, queue, cfg, explore)
-    for episode in tqdm(episodes, f"iteration {run['iteration'] + 1}", leave=False, disable=None):
-        group = groups[episode.group]
-        ended[episode.group] += 1
-        if ended[episode.group] == cfg.rollouts:
-            signal = has_signal(torch.tensor([[e.success for e in group]]))
-            outcome[episode.group] = "kept" if signal else "solved" if episode.success else "failed"
-            if not signal and sum(o != "kept" for o in outcome.values()) <= cfg.max_rejected:
+    with tqdm(desc=f"iteration {run['iteration'] + 1}", leave=False, disable=None) as bar:
+        while count("ended") < allowed():
+            launch()
+            for episode in simulate(policy, workers, queue, cfg, explore):
+                bar.update()
+                ended[episode.group] += 1
+                if ended[episode.group] == cfg.rollouts:
+                    rewards = torch.tensor([[e.success for e in groups[episode.group]]])
+                    count("rejected", int(not has_signal(rewards)))
+                    count("ended", 1)
                 launch()
-    kept, solved, failed = ([n for n in groups if outcome[n] == end] for end in ("kept", "solved", "failed"))
+            time.sleep(0.05 * (WORLD > 1))  # another rank may still reject a group
+    records = [r for group in groups.values() for e in group for r in e.records]
+    scale, policy_seconds = (np.mean(gather(sum(r[key] for r in records))) for key in ("scale", "seconds"))
+    for others in gather({n: [replace(e, records=[]) for e in group] for n, group in groups.items()}):
+        groups = others | groups
+    number_of(len(groups) - 1)
+    wins = {n: sum(e.success for e in groups[n]) for n in sorted(groups)}
+    kept, solved, failed = ([n for n in wins if has_signal(torch.tensor([[e.success for e in groups[n]]]))],
+                            [n for n in wins if wins[n] == cfg.rollouts], [n for n in wins if wins[n] == 0])
     run["skip"] |= {groups[n][0].context.index: 3 for n in solved if groups[n][0].context.index >= 0}
     if len(kept) < cfg.groups:
-        print(f"only {len(kept)} of {cfg.groups} groups have signal; {len(solved)} succeeded K of K, "
-              f"{len(failed)} failed K of K: " + (
-                  "too hard, start from a better policy or easier tasks" if not solved else
-                  "too easy, little is left to learn" if not failed else
-                  "too deterministic, not the exploration decides but the context: raise --scale_multiplier"))
+        cause = ("too hard: start from a better policy or easier tasks" if not solved else
+                 "too easy: little is left to learn" if not failed else
+                 "too deterministic: contexts decide, not exploration; raise --scale_multiplier")
+        say(f"only {len(kept)} of {cfg.groups} groups have signal, {len(solved)} succeeded K of K, "
+            f"{len(failed)} failed K of K; {cause}")
     everything, seconds = [e for group in groups.values() for e in group], time.time() - began
-    records, steps = [r for e in everything for r in e.records], sum(sum(e.executed) for e in everything)
+    steps, queries = (sum(measure(e.executed) for e in everything) for measure in (sum, len))
     stats = dict(rollout_success=np.mean([e.success for e in everything]), rollouts=len(everything),
                  kept=len(kept), solved=len(solved), failed=len(failed), rejected=1 - len(kept) / len(groups),
-                 scale=np.mean([r["scale"] for r in records]), env_steps=steps, seconds_rollouts=seconds,
-                 seconds_policy=sum(r["seconds"] for r in records), steps_per_second=steps / seconds)
+                 scale=scale * WORLD / queries, env_steps=steps, seconds_rollouts=seconds,
+                 seconds_policy=policy_seconds, steps_per_second=steps / seconds)
     rewards = torch.tensor([[float(e.success) for e in groups[n]] for n in kept])
     return [e for n in kept for e in groups[n]], rewards, stats
 
+# ---------------------------------------------------------------------------------------- 7. Supervision
+class Expert:
+    """A hand that knows where things are: above, down, close, up; in LIBERO-Object to the basket, and open.
 
-# ---------------------------------------------------------------------------------------- 6. Supervision
-@dataclass
-class Demonstration:
-    """An expert's episode: compact observations and actions (T, 7) of every step."""
-    context: Context
-    observations: list
-    actions: np.ndarray
+    It acts as policies do, a step per query. Pushes, (3,) each, move the hand but not the labels on record,
+    so that demonstrations show how to recover.
+    """
+    KNOWS = ("robot0_eef_pos", "goal", "closing")  # metres, metres, steps since the gripper began to close
 
+    def __init__(self, policy):
+        self.policy = policy
 
-def scripted_demonstrations(policy, workers, contexts):
-    """The scripted expert at work in every context: -> Demonstrations, in the contexts' order."""
-    demos, attempts, asked, free = [], 0, deque(), list(workers)
-    for context in tqdm([*contexts, *[None] * len(workers)], "demonstrations", leave=False, disable=None):
-        if asked and (not free or context is None):
-            worker, begun = asked.popleft()  # the one that was asked first, so that the order is fixed
-            observations, actions, tries = worker.receive()
-            demos.append(Demonstration(begun, [policy.preprocess(o) for o in observations], actions))
-            attempts += tries
-            free.append(worker)
-        if context is not None:
-            asked.append((free.pop(), context))
-            asked[-1][0].send("demonstrate", context)
-            asked[-1][0].task = context.task
-    print(f"scripted expert: success in {interval(len(demos), attempts)} of attempts")
-    return demos
+    def preprocess(self, raw):
+        return {name: raw[name] for name in self.KNOWS} | dict(observation=self.policy.preprocess(raw))
 
+    def act(self, observations, instructions, pushes):
+        labels = [self.action(*(seen[name] for name in self.KNOWS)) for seen in observations]
+        return [dict(observation=seen["observation"], label=label, actions=[label + np.append(push, [0] * 4)])
+                for seen, label, push in zip(observations, labels, pushes)]
 
-def libero_demonstrations(policy, cfg, tasks):
-    """The Demonstrations of LIBERO's HDF5 files in cfg.demos; row 0 of their states is their context."""
+    def action(self, hand, goal, closing):
+        """The next action, (7,)."""
+        off = lambda place: np.abs(place[:2] - hand[:2]).max()
+        move = lambda to, z, grip: np.array([*np.clip(15 * ([*to[:2], z] - hand), -1, 1), 0, 0, 0, grip])
+        target, tabletop = goal[0], len(goal) == 1
+        low, hover, hold = (0.815, 0.88, 6) if tabletop else (target[2] + 0.01, target[2] + 0.12, 8)
+        if closing >= hold and tabletop:
+            return move(hand, 1, 1)
+        if closing >= hold:
+            basket, height = goal[1], goal[1][2] + 0.3
+            above = hand[2] > height - 0.04
+            return move(basket if above else hand, height, 1 if off(basket) > 0.02 else -1)
+        if closing or off(target) < 0.012 and hand[2] < low + 0.012:
+            return move(hand, low, 1)
+        return move(target, low if off(target) < 0.02 else hover, -1)
+
+def scripted_demonstrations(policy, workers, cfg):
+    """Episodes in which the scripted expert succeeds, cfg.demos_per_task of every task."""
+    seeds = range(DEMO_SEEDS * (1 + cfg.seed), DEMO_SEEDS * (1 + cfg.seed) + cfg.demos_per_task)
+    contexts = [Context(task, text, seed) for seed in seeds for task, text in tasks_of(cfg).items()]
+    queue, demos, attempts = deque(Episode(c, number) for number, c in enumerate(contexts)), [], 0
+
+    def push(episode):  # the hand trembles, and drifts during the first four steps
+        draw = lambda step: np.random.default_rng([episode.context.seed, episode.context.task, step])
+        tremble, drift = draw(len(episode.records)).standard_normal(3), draw(1000).uniform(-0.9, 0.9, 3)
+        return 0.3 * tremble + (drift if len(episode.records) < 4 else 0)
+
+    episodes = simulate(Expert(policy), workers, queue, cfg, push)
+    for episode in tqdm(episodes, "demonstrations", leave=False, disable=None):
+        attempts += 1
+        if episode.success:
+            demos.append(episode)
+        elif attempts < 50 + 3 * len(contexts):  # another scene instead
+            queue.append(Episode(replace(episode.context, seed=episode.context.seed + 1000), episode.group))
+    say(f"scripted expert: success in {interval(len(demos), attempts)} of attempts")
+    return sorted(demos, key=lambda demo: demo.group)
+
+def libero_demonstrations(policy, cfg):
+    """Episodes from LIBERO's HDF5 files in cfg.demos; row 0 of their states is their context."""
     demos, names = [], ("agentview_rgb", "eye_in_hand_rgb", "ee_pos", "gripper_states", "ee_ori")
     keys = [f"{name}_image" for name in Simulator.CAMERAS] + [
         f"robot0_{name}" for name in ("eef_pos", "gripper_qpos", "eef_quat")]
-    for task, info in [(task, libero_benchmark(cfg.suite).tasks[task]) for task in tasks]:
-        path = Path(cfg.demos) / f"{info.name}_demo.hdf5"
+    for task, instruction in tasks_of(cfg).items():
+        path = Path(cfg.demos) / f"{libero_benchmark(cfg.suite).tasks[task].name}_demo.hdf5"
         try:
             with h5py.File(path) as file:
                 for key in sorted(file["data"], key=lambda key: int(key.split("_")[1])):
@@ -831,30 +869,31 @@ def libero_demonstrations(policy, cfg, tasks):
                     if actions.shape != (len(columns[0]), 7) or columns[0].shape[1] != cfg.image_size:
                         raise ValueError(f"{key} has actions {actions.shape}, pictures {columns[0].shape}: "
                                          "set --image_size to theirs, with --collision false")
-                    context = Context(task, info.language, 0, demo["states"][0], len(demos))
-                    rows = [policy.preprocess(dict(zip(keys, row))) for row in zip(*columns)]
-                    demos.append(Demonstration(context, rows, actions))
+                    context = Context(task, instruction, 0, demo["states"][0], len(demos))
+                    rows = (policy.preprocess(dict(zip(keys, row))) for row in zip(*columns))
+                    demos.append(Episode(context, records=[
+                        dict(observation=row, label=action) for row, action in zip(rows, actions)]))
         except (OSError, KeyError, ValueError) as error:
-            raise UserError(f"cannot read the demonstrations in {path}: {brief(error)}") from error
+            fail(f"cannot read the demonstrations in {path}: {error}")
     return demos
 
+def fit(policy, stage, demos, steps, lr, seed, batch):
+    """AdamW on policy.imitation_loss at random steps of demonstrations: -> the mean loss of the last tenth.
 
-def fit(loss_of, parameters, demos, horizon, steps, batch, lr, seed, title):
-    """AdamW on loss_of(observations, instructions, actions (B, H, 7)), random steps of the demonstrations.
-
-    A chunk that outlasts its demonstration repeats the last action. Returns the mean loss of the last tenth.
+    Warm-up and cosine decay. A chunk that outlasts its demonstration repeats the last action.
     """
-    rng, losses = np.random.default_rng([seed, 0]), []
+    rng, losses, horizon = np.random.default_rng([seed, 0]), [], policy.arch.chunk
+    parameters = list(policy.trainable(stage).values())
     optimizer = torch.optim.AdamW(parameters, weight_decay=1e-4)
-    index = [(demo, t) for demo in demos for t in range(len(demo.actions))]
-    for step in tqdm(range(steps), title, leave=False, disable=None):
+    index = [(demo, t) for demo in demos for t in range(len(demo.records))]
+    for step in tqdm(range(steps), stage, leave=False, disable=None):
         rise, fall = min(1, (step + 1) * 20 / steps), 0.5 + 0.5 * math.cos(math.pi * step / steps)
         optimizer.param_groups[0]["lr"] = lr * rise * fall
         picked = [index[i] for i in rng.integers(len(index), size=batch)]
-        ahead = lambda demo, t: np.minimum(np.arange(t, t + horizon), len(demo.actions) - 1)
-        chunks = [demo.actions[ahead(demo, t)] for demo, t in picked]
-        loss = loss_of([demo.observations[t] for demo, t in picked],
-                       [demo.context.instruction for demo, _ in picked], np.stack(chunks))
+        chunks = [[demo.records[min(t + h, len(demo.records) - 1)]["label"] for h in range(horizon)]
+                  for demo, t in picked]
+        loss = policy.imitation_loss(stage, [demo.records[t]["observation"] for demo, t in picked],
+                                     [demo.context.instruction for demo, _ in picked], np.array(chunks))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -862,101 +901,99 @@ def fit(loss_of, parameters, demos, horizon, steps, batch, lr, seed, title):
         losses.append(loss.item())
     return np.mean(losses[-math.ceil(steps / 10):])
 
-
 def sft(policy, demos, cfg):
-    """Stage 2: L1 loss on the demonstrations, for all that stage 3 trains: -> the final loss."""
-    return fit(policy.sft_loss, list(policy.trainable().values()), demos, policy.arch.chunk, cfg.sft_steps,
-               cfg.sft_batch, cfg.sft_lr, cfg.seed, "SFT")
-
+    """Stage 2: L1 loss on demonstrations, for all but the scale head: -> the final loss."""
+    return fit(policy, "sft", demos, cfg.sft_steps, cfg.sft_lr, cfg.seed, batch=64)
 
 def fit_scale_head(policy, demos, cfg):
-    """The Laplace scale head by NLL on the demonstrations, everything else frozen: -> the final NLL."""
-    return fit(policy.scale_loss, list(policy.scale_head.parameters()), demos, policy.arch.chunk,
-               cfg.scale_steps, cfg.sft_batch // 4, 1e-3, cfg.seed, "scale head")
+    """The Laplace scale head by NLL on demonstrations, everything else frozen: -> the final NLL."""
+    return fit(policy, "scale", demos, cfg.scale_steps, 1e-3, cfg.seed, batch=16)
 
-
-# --------------------------------------------------------------------------------------------- 7. Update
+# --------------------------------------------------------------------------------------------- 8. Update
 def update(policy, optimizer, episodes, rewards, cfg, run):
     """Algorithm 1, lines 15-17: N passes of minibatches over the kept episodes: -> mean diagnostics."""
     began, logs, H = time.time(), [], policy.arch.chunk
-    advantages, parameters = leave_one_out_advantage(rewards).flatten(), list(policy.trainable().values())
+    advantages, parameters = leave_one_out_advantage(rewards).flatten(), optimizer.param_groups[0]["params"]
     rng = np.random.default_rng([cfg.seed, run["iteration"]])
     batches = math.ceil(len(episodes) / cfg.minibatch)
     for _ in range(cfg.passes):
         for minibatch in np.array_split(rng.permutation(len(episodes)), batches):
             rows = [(i, q) for i in minibatch for q in range(len(episodes[i].records))]
             records = [episodes[i].records[q] for i, q in rows]
-            old = torch.tensor(np.stack([record["log_prob"] for record in records]))  # B H
+            old = torch.tensor(np.array([record["log_prob"] for record in records]))  # B H
             mask = torch.tensor([[h < episodes[i].executed[q] for h in range(H)] for i, q in rows])  # B H
             # A step's weight in the loss goes on its advantage, in which the loss is linear: so micro-batches
-            # of chunks, whichever episodes they come from, add up to the gradient of the minibatch.
+            # of chunks, whichever episodes and ranks they come from, add up to the minibatch's gradient.
+            total = sum(sum(episodes[i].executed) for i in minibatch)  # of all ranks
             steps = torch.tensor([sum(episodes[i].executed) * len(minibatch) for i, _ in rows])
-            gain = advantages[[i for i, _ in rows]] / (steps if cfg.loss_per == "episode" else mask.sum())
+            gain = advantages[[i for i, _ in rows]] / (steps if cfg.loss_per == "episode" else total)
             optimizer.zero_grad()
-            log = Counter()
-            for part in torch.arange(len(rows)).split(cfg.micro_batch):
+            log = dict.fromkeys(("loss", "ratio", "clip_frac", "approx_kl", "ratio_error"), 0.0)
+            for part in torch.arange(len(rows)).split(cfg.micro_batch) if rows else ():
                 log_prob, m = policy.log_prob([records[i] for i in part]).cpu(), mask[part]
                 loss, stats = ppo_clip_loss(log_prob, old[part], gain[part], m, cfg.clip, "token")
                 (loss * m.sum()).backward()
                 log["loss"] += (loss * m.sum()).item()
-                log.update({name: (value * m.sum() / mask.sum()).item() for name, value in stats.items()})
+                for name, value in stats.items():
+                    log[name] += (value * m.sum() / total).item()
                 if not logs:  # psi is still theta: what the ratio is off by is rounding
                     off = ((log_prob.detach() - old[part]).exp() - 1)[m].abs().max().item()
                     log["ratio_error"] = max(off, log["ratio_error"])
+            reduce_gradients(parameters)
+            parts = gather(log)
+            joined = {name: [part[name] for part in parts] for name in log}
+            log = {name: (max if name == "ratio_error" else sum)(values) for name, values in joined.items()}
             log["grad_norm"] = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
+            if not math.isfinite(log["grad_norm"]):
+                raise RuntimeError(f"the gradient is not finite in iteration {run['iteration'] + 1}")
             optimizer.step()
             logs.append(log)
-        if np.mean([log["approx_kl"] for log in logs[-batches:]]) > cfg.target_kl:
-            break
     stats = {name: np.mean([log[name] for log in logs]) for name in logs[0]}
-    stats |= dict(ratio_error=logs[0]["ratio_error"], updates=len(logs), seconds_update=time.time() - began)
-    return stats
+    stats["ratio_error"], checksum = logs[0]["ratio_error"], sum(p.double().sum().item() for p in parameters)
+    if len(set(gather(checksum))) > 1:
+        raise RuntimeError(f"the ranks' parameters differ after iteration {run['iteration'] + 1}")
+    return stats | dict(checksum=checksum, updates=len(logs), seconds_update=time.time() - began)
 
-
-# ----------------------------------------------------------------------------------------- 8. Evaluation
-def evaluation_contexts(cfg, tasks):
+# ----------------------------------------------------------------------------------------- 9. Evaluation
+def evaluation_contexts(cfg):
     """The held-out contexts: LIBERO's stored states; tabletop: seeds that nothing else uses."""
-    names, contexts = instructions_of(cfg.suite), []
-    for task in tasks:
+    contexts = []
+    for task, instruction in tasks_of(cfg).items():
         states = [None] * cfg.eval_contexts
         if cfg.suite in LIBERO:
             states = libero_benchmark(cfg.suite).get_task_init_states(task)[:cfg.eval_contexts]
-        contexts += [Context(task, names[task], i, state) for i, state in enumerate(states)]
+        contexts += [Context(task, instruction, i, state) for i, state in enumerate(states)]
     return contexts
 
-
 def evaluate(policy, workers, contexts, cfg, film=False):
-    """Act with the mean in every context: -> the Episodes in the contexts' order."""
-    queue = deque(Episode(context, number) for number, context in enumerate(contexts))
-    episodes = simulate(policy, workers, queue, cfg, film=film)
-    episodes = tqdm(episodes, "evaluation", len(contexts), leave=False, disable=None)
+    """Act with the mean in every context: -> the Episodes in the contexts' order, without their records."""
+    queue = deque([Episode(context, number) for number, context in enumerate(contexts)][RANK::WORLD])
+    episodes = tqdm(simulate(policy, workers, queue, cfg, film=film), "evaluation", leave=False, disable=None)
+    episodes = sum(gather([replace(episode, records=[]) for episode in episodes]), [])
     return sorted(episodes, key=lambda episode: episode.group)
-
 
 def interval(won, number) -> str:
     """'won/number share [low, high]', with Wilson's 95% interval."""
     low, high = binomtest(int(won), number).proportion_ci(method="wilson")
     return f"{won}/{number} {won / number:.0%} [{low:.0%}, {high:.0%}]"
 
-
 def table(contexts, results) -> str:
     """Success per task of each column {name: list of bool}; of two columns, their exact McNemar test."""
-    lines = [" " * 40 + "".join(f"{name[-28:]:>30}" for name in results)]
+    lines = [" " * 40 + "".join(f"{name:>30}" for name in results)]
     for row in [*dict.fromkeys(context.instruction for context in contexts), "all tasks"]:
         chosen = [i for i, context in enumerate(contexts) if row in (context.instruction, "all tasks")]
         cells = [interval(sum(column[i] for i in chosen), len(chosen)) for column in results.values()]
         lines.append(f"{row[:39]:<40}" + "".join(f"{cell:>30}" for cell in cells))
     if len(results) == 2:
-        before, after = map(np.array, results.values())
-        gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
+        pairs = Counter(zip(*results.values()))
+        gained, lost = pairs[False, True], pairs[True, False]
         p = binomtest(gained, gained + lost).pvalue if gained + lost else 1
         lines.append(f"paired: {gained} contexts gained, {lost} lost, exact McNemar p = {p:.2g}")
     return "\n".join(lines)
 
-
 def report(out, contexts, results, policy, workers, cfg):
     """Print the table; write evaluation.csv, every context's outcome, and a video per task."""
-    print(table(contexts, results))
+    say(table(contexts, results))
     lines = ["task,instruction,context," + ",".join(results)]
     for c, *won in zip(contexts, *results.values()):
         lines.append(",".join(map(str, (c.task, c.instruction, c.seed, *map(int, won)))))
@@ -966,15 +1003,11 @@ def report(out, contexts, results, policy, workers, cfg):
         video = out / f"task{episode.context.task}.mp4"
         write(video, lambda path: imageio.mimwrite(path, episode.frames, fps=20))
 
-
-# ---------------------------------------------------------------------------------------- 9. Bookkeeping
-def brief(error) -> str:
-    """An exception's message on one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
+# --------------------------------------------------------------------------------------- 10. Bookkeeping
 def write(path, writer):
-    """Write a file whole or not at all: writer(temporary path), then rename. UserError if that fails."""
+    """Write a file on rank 0, whole or not at all: writer(temporary path), then rename."""
+    if RANK:
+        return
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -983,8 +1016,7 @@ def write(path, writer):
     except OSError as error:
         if path.parent.is_dir():
             temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {brief(error)}") from error
-
+        fail(f"cannot write {path}: {error}")
 
 def write_metrics(out, history):
     """metrics.jsonl, metrics.csv and curve.png of all iterations so far."""
@@ -1005,18 +1037,15 @@ def write_metrics(out, history):
     seconds.set_xlabel("iteration")
     write(out / "curve.png", lambda path: figure.savefig(path, bbox_inches="tight"))
 
-
 def save_run(out, policy, optimizer, run):
     """last/ and best/ for the policy's users; run.pt, one file, has all that --resume needs."""
     policy.save(out / "last")
     if run["history"][-1].get("eval_success", -1) > run["best"]:
         run["best"] = run["history"][-1]["eval_success"]
         policy.save(out / "best")
-    weights = {name: p.detach() for name, p in policy.trainable().items()}
-    state = dict(run, policy=weights, optimizer=optimizer.state_dict())
+    state = dict(run, policy=policy.trainable("ript"), optimizer=optimizer.state_dict())
     write(out / "run.pt", lambda path: torch.save(state, path))
     write_metrics(out, run["history"])
-
 
 def load_run(out, policy, optimizer):
     """What save_run wrote: fills policy and optimizer, -> the run; None if no iteration was completed."""
@@ -1027,114 +1056,113 @@ def load_run(out, policy, optimizer):
         policy.load_state_dict(run.pop("policy"), strict=False)
         optimizer.load_state_dict(run.pop("optimizer"))
     except Exception as error:  # whatever torch says of a damaged file
-        raise UserError(f"cannot resume from {out / 'run.pt'}: {brief(error)}") from error
+        fail(f"cannot resume from {out / 'run.pt'}: {error}")
     return run
 
-
-# --------------------------------------------------------------------------------------------- 10. Main
+# --------------------------------------------------------------------------------------------- 11. Main
 def check(cfg):
-    """Raise UserError for whatever can be known to go wrong, before any long work starts."""
+    """Fail for whatever can be known to go wrong, before any long work starts."""
     least = dict(rollouts=2, groups=1, passes=1, minibatch=1, micro_batch=1, workers=1, eval_contexts=1,
-                 sft_batch=4, demos_per_task=1, image_size=16, iterations=0, sft_steps=0, scale_steps=0,
-                 max_rejected=0, act_batch=0, eval_every=0, task=-1, seed=0)
+                 demos_per_task=1, image_size=16, iterations=0, sft_steps=0, scale_steps=0, max_rejected=0,
+                 act_batch=0, eval_every=0, task=-1, seed=0)
     for name, bound in least.items():
         if getattr(cfg, name) < bound:
-            raise UserError(f"--{name} must be at least {bound}, got {getattr(cfg, name)}")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("one process only for now: start python ript.py without torchrun")
+            fail(f"--{name} must be at least {bound}, got {getattr(cfg, name)}")
     if cfg.eval and not cfg.checkpoint:
-        raise UserError("--eval needs --checkpoint DIR, the directory of a saved policy")
+        fail("--eval needs --checkpoint DIR, the directory of a saved policy")
     if mujoco.__version__ != MUJOCO:
-        raise UserError(f"MuJoCo {mujoco.__version__} changes the results: pip install mujoco=={MUJOCO}")
+        fail(f"MuJoCo {mujoco.__version__} changes the results: pip install mujoco=={MUJOCO}")
     try:
         mujoco.GLContext(16, 16).free()
     except Exception as error:  # each backend has its own
         sys.unraisablehook = lambda _: None  # a half-made context complains again when it is deleted
-        raise UserError(f"no headless OpenGL with MUJOCO_GL={os.environ['MUJOCO_GL']}, {brief(error)}: on "
-                        "Debian, apt-get install libegl1 libgl1-mesa-dri") from error
-    if cfg.task >= (tasks := len(instructions_of(cfg.suite))):
-        raise UserError(f"--task must be below {tasks} for {cfg.suite}, got {cfg.task}")
-    if cfg.suite in LIBERO and cfg.suite != "libero_object" and not (cfg.eval or cfg.demos):
-        raise UserError(f"there is no scripted expert for {cfg.suite}: give --demos DIR, LIBERO's HDF5 files")
+        fail(f"no headless OpenGL with MUJOCO_GL={os.environ['MUJOCO_GL']}, {error}: on Debian, apt-get "
+             "install libegl1 libgl1-mesa-dri")
     if cfg.suite in LIBERO:
         from libero.libero import get_libero_path
         if not Path(get_libero_path("assets")).is_dir():
-            raise UserError("LIBERO's meshes are missing: run libero-download-assets (about 400 MB, once)")
+            fail("LIBERO's meshes are missing: run libero-download-assets (about 400 MB, once)")
 
+def supervise(policy, workers, demos, cfg):
+    """Stage 2 on LIBERO's demonstrations or the scripted expert's: SFT, then the scale head."""
+    if not demos and cfg.suite in SCRIPTED:
+        demos = scripted_demonstrations(policy, workers, cfg)
+    if not demos:
+        return say(f"no stage 2: {cfg.suite} has no scripted expert, --demos DIR gives LIBERO's HDF5 files")
+    if not cfg.checkpoint:
+        proprio = [record["observation"]["proprio"] for demo in demos for record in demo.records]
+        bounds = np.quantile(proprio, (0.01, 0.99), 0).tolist()
+        policy.arch.statistics["proprio"] = dict(zip(("q01", "q99"), bounds))
+    if cfg.sft_steps:
+        say(f"SFT on {len(demos)} demonstrations: L1 {sft(policy, demos, cfg):.4f}")
+    if cfg.scale_steps:
+        say(f"scale head: NLL {fit_scale_head(policy, demos, cfg):.2f} per action step")
 
+@errors.record  # so that torchrun's last words are the traceback of the rank that failed
 def main(argv=None):
     """Stage 2, then Algorithm 1 with a line per iteration, between two evaluations on the same contexts."""
     cfg = parse_config(sys.argv[1:] if argv is None else argv)
     check(cfg)
-    out, names = Path(cfg.out), instructions_of(cfg.suite)
-    tasks = list(range(len(names))) if cfg.task < 0 else [cfg.task]
+    out, tasks = Path(cfg.out), list(tasks_of(cfg).items())
+    join(cfg.device)
     torch.manual_seed(cfg.seed)
     tuned = cfg.resume and (out / "sft/model.safetensors").exists()
     source = out / "sft" if tuned else cfg.checkpoint
     policy = (OpenVLAOFT.load(source) if source else OpenVLAOFT(Architecture())).to(cfg.device)
     policy.scale_multiplier = cfg.scale_multiplier
-    demos = libero_demonstrations(policy, cfg, tasks) if cfg.demos else []
-    settings = json.dumps(dataclasses.asdict(cfg), indent=1)
-    write(out / "config.json", lambda path: path.write_text(settings))
-    workers = [Worker(cfg, tasks[i % len(tasks)]) for i in range(cfg.workers)]
-    for worker in workers:
-        worker.receive()
-    held_out = evaluation_contexts(cfg, tasks)
+    demos = libero_demonstrations(policy, cfg) if cfg.demos else []
+    write(out / "config.json", lambda path: path.write_text(json.dumps(asdict(cfg), indent=1)))
+    workers = [Worker(cfg, tasks[i % len(tasks)][0]) for i in range(cfg.workers)]
+    held_out = evaluation_contexts(cfg)
+    success = lambda: [episode.success for episode in evaluate(policy, workers, held_out, cfg)]
     if cfg.eval:
-        results = {"success": [episode.success for episode in evaluate(policy, workers, held_out, cfg)]}
-        return report(out, held_out, results, policy, workers, cfg)
-
-    if not tuned:  # stage 2
-        demos = demos or scripted_demonstrations(policy, workers, [
-            Context(task, names[task], DEMO_SEEDS + 100_000 * cfg.seed + i)
-            for i in range(cfg.demos_per_task) for task in tasks])
-        if not policy.arch.statistics:
-            policy.fit_statistics(np.array([o["proprio"] for demo in demos for o in demo.observations]))
-        if cfg.sft_steps:
-            print(f"SFT on {len(demos)} demonstrations: L1 {sft(policy, demos, cfg):.4f}")
-        if cfg.scale_steps:
-            print(f"scale head: NLL {fit_scale_head(policy, demos, cfg):.2f} per action step")
-        policy.save(out / "sft")
+        return report(out, held_out, dict(success=success()), policy, workers, cfg)
+    if not tuned:
+        if RANK == 0:
+            supervise(policy, workers, demos, cfg)
+            policy.save(out / "sft")
+        policy.arch.statistics = gather(policy.arch.statistics)[0]
+        for value in policy.state_dict().values() if WORLD > 1 else ():
+            distributed.broadcast(value, 0)
 
     def context_of(number):  # the stream of training contexts; a finite set in a new order at each pass
-        if cfg.demos:
+        if demos:
             order = np.random.default_rng([cfg.seed, number // len(demos)]).permutation(len(demos))
             return demos[order[number % len(demos)]].context
-        task = tasks[number % len(tasks)]
-        return Context(task, names[task], TRAIN_SEEDS * (cfg.seed + 1) + number)
+        return Context(*tasks[number % len(tasks)], TRAIN_SEEDS * (cfg.seed + 1) + number)
 
-    optimizer = torch.optim.AdamW(policy.trainable().values(), cfg.lr, eps=cfg.adam_eps,
-                                  weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(policy.trainable("ript").values(), cfg.lr, (cfg.momentum, 0.99),
+                                  weight_decay=1e-4)
     run = load_run(out, policy, optimizer) if cfg.resume else None
     if run is None:
-        before = [episode.success for episode in evaluate(policy, workers, held_out, cfg)]
+        before = success()
         first = dict(iteration=0, eval_success=sum(before) / len(before))
         run = dict(iteration=0, group=0, skip={}, best=-1.0, before=before, after=before, history=[first])
-    print(table(held_out, dict(SFT=run["before"])), flush=True)
+    say(table(held_out, dict(SFT=run["before"])))
     while run["iteration"] < cfg.iterations:
         episodes, rewards, stats = collect(policy, workers, context_of, run, cfg)  # lines 4-14
+        if cfg.anneal:
+            optimizer.param_groups[0]["lr"] = cfg.lr * (1 - run["iteration"] / cfg.iterations)
         if episodes:
             stats |= update(policy, optimizer, episodes, rewards, cfg, run)  # lines 15-17
         run["iteration"] += 1
         if run["iteration"] == cfg.iterations or cfg.eval_every and run["iteration"] % cfg.eval_every == 0:
-            run["after"] = [episode.success for episode in evaluate(policy, workers, held_out, cfg)]
+            run["after"] = success()
             stats["eval_success"] = np.mean(run["after"])
         stats = {name: value if isinstance(value, int) else float(value) for name, value in stats.items()}
         run["history"].append(dict(iteration=run["iteration"]) | stats)
         save_run(out, policy, optimizer, run)
-        print("  ".join(f"{name} {value:.4g}" for name, value in run["history"][-1].items()), flush=True)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+        say("  ".join(f"{name} {value:.4g}" for name, value in run["history"][-1].items())
+            + f"  memory {memory:.2g} GB")
     results = dict(SFT=run["before"]) | (dict(RIPT=run["after"]) if cfg.iterations else {})
     report(out, held_out, results, policy, workers, cfg)
 
-
-def cli(argv=None):
-    """main, with one sentence and exit status 2 for what the user can mend."""
-    try:
-        main(argv)
-    except UserError as error:
-        print(f"ript.py: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    cli()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()

@@ -2,7 +2,7 @@
 # Set up what is missing, then run ript.py.
 #   bash run_libero.sh             the laptop door: learns on real MuJoCo in about ten minutes
 #   bash run_libero.sh test        the tests
-#   bash run_libero.sh ARGUMENTS   python ript.py ARGUMENTS (one process; --device cuda where there is a GPU)
+#   bash run_libero.sh ARGUMENTS   ript.py ARGUMENTS, with torchrun over all GPUs where there are any
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
@@ -58,5 +58,9 @@ if [ "${1:-}" = test ]; then
     shift
     cd "$here"
     exec python -m pytest -q ript_test.py "$@"
+fi
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+if [ "$gpus" -gt 0 ]; then
+    exec python -m torch.distributed.run --standalone --nproc_per_node "$gpus" "$here/ript.py" "$@"
 fi
 exec python "$here/ript.py" "$@"
