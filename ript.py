@@ -136,8 +136,9 @@ def parse_config(argv) -> Config:
     parser.set_defaults(**PRESETS[given.model, given.suite.replace("long", "10")])
     if given.resume:
         try:
-            parser.set_defaults(**json.loads((Path(given.resume) / "config.json").read_text()))
-        except (OSError, ValueError) as error:
+            saved = Config(**json.loads((Path(given.resume) / "config.json").read_text()))
+            parser.set_defaults(**asdict(saved))
+        except (OSError, ValueError, TypeError) as error:
             fail(f"cannot resume {given.resume}, its config.json: {error}")
     cfg = Config(**vars(parser.parse_args(argv)))
     return replace(cfg, suite=cfg.suite.replace("long", "10"), out=cfg.resume or cfg.out)
@@ -1074,6 +1075,17 @@ def check(cfg):
     for name, bound in least.items():
         if getattr(cfg, name) < bound:
             fail(f"--{name} must be at least {bound}, got {getattr(cfg, name)}")
+    for name in ("sft_lr", "lr", "clip", "max_grad_norm", "scale_multiplier"):
+        if not 0 < getattr(cfg, name) < math.inf:
+            fail(f"--{name} must be a number above 0, got {getattr(cfg, name)}")
+    if not 0 <= cfg.momentum < 1:
+        fail(f"--momentum must be at least 0 and below 1, got {cfg.momentum}")
+    try:
+        torch.empty(0, device=cfg.device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or a torch without CUDA
+        fail(f"--device {cfg.device} cannot be used: {str(error).splitlines()[0]}")
+    if cfg.demos and cfg.suite not in LIBERO:
+        fail(f"--demos is for the suites of LIBERO, {cfg.suite} makes its own demonstrations")
     if cfg.eval and not cfg.checkpoint:
         fail("--eval needs --checkpoint DIR, the directory of a saved policy")
     if mujoco.__version__ != MUJOCO:

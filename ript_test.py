@@ -708,11 +708,24 @@ MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared bel
     ("--minibatch 0", "--minibatch must be at least 1"),
     ("--task 2", "--task must be below 2"),
     ("--loss_per step", "'token'"),
+    ("--passes 0", "--passes must be at least 1"),
+    ("--image_size 8", "--image_size must be at least 16"),
+    ("--iterations -1", "--iterations must be at least 0"),
+    ("--lr 0", "--lr must be a number above 0"),
+    ("--clip nan", "--clip must be a number above 0"),
+    ("--scale_multiplier -2", "--scale_multiplier must be a number above 0"),
+    ("--momentum 1", "--momentum must be at least 0 and below 1"),
+    ("--collision maybe", "--collision"),
+    ("--device tpu9", "--device tpu9 cannot be used"),
+    ("--demos {tmp}/wrong", "--demos is for the suites of LIBERO"),
     ("--eval --suite libero_goal", "--eval needs --checkpoint"),
     ("--checkpoint {tmp}/none", "cannot load a policy from {tmp}/none"),
     ("--checkpoint {tmp}/corrupt", "cannot load a policy from {tmp}/corrupt"),
     ("--checkpoint {tmp}/other", "cannot load a policy from {tmp}/other"),
+    ("--checkpoint {tmp}/file", "cannot load a policy from {tmp}/file"),
     ("--resume {tmp}/none", "cannot resume {tmp}/none"),
+    ("--resume {tmp}/unknown", "cannot resume {tmp}/unknown"),
+    ("--resume {tmp}/list", "cannot resume {tmp}/list"),
     ("--out {tmp}/file/run", "cannot write {tmp}/file/run"),
     ("--suite libero_goal --task 0 --demos {tmp}/broken", "cannot read the demonstrations in {tmp}/broken"),
     ("--suite libero_goal --task 0 --demos {tmp}/wrong", "(12, 6)"),
@@ -730,6 +743,9 @@ def tmp(tmp_path_factory):
     arch = json.loads((tmp / "other/config.json").read_text())
     arch["llm"]["intermediate_size"] = 48
     (tmp / "other/config.json").write_text(json.dumps(arch))
+    for name, content in (("unknown", dict(learning_rate=1)), ("list", [1])):
+        (tmp / name).mkdir()
+        (tmp / name / "config.json").write_text(json.dumps(content))
     name = f"{ript.libero_benchmark('libero_goal').tasks[0].name}_demo.hdf5"
     for folder in ("broken", "wrong"):
         (tmp / folder).mkdir()
