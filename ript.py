@@ -119,8 +119,8 @@ TINY = dict(image_size=64, collision=True, act_batch=1, sft_steps=2500, minibatc
 PRESETS = {("tiny", suite): dict(TINY, out=f"runs/{suite}") for suite in HORIZON}
 PRESETS["tiny", "tabletop_pretrain"] |= dict(demos_per_task=150, scale_steps=0, iterations=0)
 PRESETS["tiny", "tabletop"] |= dict(
-    checkpoint=str(Path(__file__).parent / "assets/tabletop"), demos_per_task=1, sft_steps=5, sft_lr=2e-5,
-    iterations=8, groups=16, max_rejected=12, eval_every=2)
+    checkpoint=str(Path(__file__).parent / "assets/tabletop"), demos_per_task=1, sft_steps=5, sft_lr=6e-6,
+    iterations=6, groups=16, max_rejected=12, eval_every=2)
 
 def fail(message):
     """What the user can mend: one sentence, exit status 2."""

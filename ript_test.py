@@ -696,6 +696,22 @@ def test_a_simulator_that_always_fails_ends_the_run_with_its_own_traceback(monke
     worker.process.kill()
 
 
+def test_a_dead_rank_ends_the_job_within_a_minute_and_is_named(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "ript.py",
+               *map(str, QUICK), "--workers", "1", "--iterations", "50", "--eval_every", "0", "--out", tmp_path]
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "metrics.jsonl").exists():
+        assert job.poll() is None
+        time.sleep(0.1)
+    ranks = children_of(job.pid)
+    others = [pid for rank in ranks for pid in children_of(rank)]
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    _, error = job.communicate(timeout=60)
+    assert job.returncode != 0 and "local_rank: 1" in error and "SIGKILL" in error
+    while any(Path(f"/proc/{pid}").exists() for pid in [*ranks, *others]):
+        time.sleep(0.1)
+
+
 # ------------------------------------------------------------------------------------------------- the command line
 MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared below
     ("--rollout 8", "unrecognized arguments: --rollout"),
@@ -789,7 +805,7 @@ def test_help_reads_as_documentation():
 
 def test_presets_yield_to_the_command_line_and_libero_long_is_libero_10():
     assert config("--suite", "libero_long").suite == "libero_10"
-    assert config().iterations == 8 and config("--iterations", 3).iterations == 3
+    assert config().iterations == 6 and config("--iterations", 3).iterations == 3
     assert ript.HORIZON["libero_10"] == 520 and ript.HORIZON["libero_object"] == 280
 
 
