@@ -831,10 +831,10 @@ class Expert:
         low, hover, hold = (0.815, 0.88, 6) if tabletop else (target[2] + 0.01, target[2] + 0.12, 8)
         if closing >= hold and tabletop:
             return move(hand, 1, 1)
-        if closing >= hold:
-            basket, height = goal[1], goal[1][2] + 0.3
+        if not tabletop and (off(goal[1]) < 0.03 or closing >= hold):  # over the basket, or on the way
+            height = goal[1][2] + 0.3
             above = hand[2] > height - 0.04
-            return move(basket if above else hand, height, 1 if off(basket) > 0.02 else -1)
+            return move(goal[1] if above else hand, height, -1 if off(goal[1]) < 0.03 else 1)
         if closing or off(target) < 0.012 and hand[2] < low + 0.012:
             return move(hand, low, 1)
         return move(target, low if off(target) < 0.02 else hover, -1)

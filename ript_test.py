@@ -599,6 +599,7 @@ def test_an_iteration_in_libero_with_the_small_policy(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = rows_without_seconds(tmp_path)
     assert rows[1]["env_steps"] >= 2 * 100 and rows[1]["rollouts"] == 2
+    assert "SFT on 1 demonstrations" in done.stdout and "success in 1/" in done.stdout  # the expert's, of few attempts
     assert (tmp_path / "task0.mp4").stat().st_size > 10_000
 
 
