@@ -19,6 +19,7 @@ that the K rollouts of a group share one scene; pictures are drawn only when the
     python ript.py                                            the laptop: MuJoCo on two cores, no download
     python ript.py --suite libero_object --task 0             the same small policy in LIBERO
     python ript.py --eval --checkpoint runs/tabletop/best     evaluate what a run has saved
+    torchrun --standalone --nproc_per_node 4 ript.py          four processes, a GPU each where there are GPUs
 
 Shapes: B batch, C contexts, K rollouts, E episodes, S steps, H action steps per query, A action dimensions,
 D width, V cameras.
@@ -242,20 +243,20 @@ class Block(nn.Module):
     """A pre-norm transformer block with timm's names: LayerNorm eps 1e-6, exact GELU, maybe LayerScale."""
     def __init__(self, dim, heads, mlp_ratio, layer_scale):
         super().__init__()
-        self.heads = heads
+        self.heads, self.layer_scale = heads, layer_scale
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attn = nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)))
         self.mlp = mlp(dim, int(dim * mlp_ratio), dim)
         for name in ("ls1", "ls2") if layer_scale else ():
             self.add_module(name, nn.ParameterDict(dict(scale_factor=torch.ones(dim))))
-        self.scale = lambda name: self.get_submodule(name)["scale_factor"] if layer_scale else 1
 
     def forward(self, x):
         B, P, D = x.shape
+        scale1, scale2 = (ls["scale_factor"] for ls in (self.ls1, self.ls2)) if self.layer_scale else (1, 1)
         q, k, v = self.attn["qkv"](self.norm1(x)).view(B, P, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, P, D)
-        x = x + self.attn["proj"](seen) * self.scale("ls1")
-        return x + self.mlp(self.norm2(x)) * self.scale("ls2")
+        x = x + self.attn["proj"](seen) * scale1
+        return x + self.mlp(self.norm2(x)) * scale2
 
 class Tower(nn.Module):
     """A vision transformer with timm's names (DINOv2, SigLIP): pictures (B, 3, h, w) -> patches (B, P, dim).
@@ -331,7 +332,7 @@ class OpenVLAOFT(nn.Module):
 
     The policy protocol is preprocess, act, log_prob, imitation_loss, trainable, save and load.
     """
-    A, BOS, SPACE, STOP = 7, 1, 35, 2
+    A, BOS, STOP = 7, 1, 2
 
     def __init__(self, arch: Architecture):
         super().__init__()
@@ -523,35 +524,34 @@ class Simulator:
     def __init__(self, suite, image_size, collision):
         self.suite, self.image_size, self.collision = suite, image_size, collision
         self.tabletop, self.env, self.task = suite not in LIBERO, None, None
-        self.flags = dict(robots=["Panda"], use_camera_obs=False, has_renderer=False, ignore_done=True,
-                          has_offscreen_renderer=True, control_freq=20, hard_reset=False)
 
     def build(self, task):
         """Make the task's environment, unless it is there: one scene serves both tabletop tasks."""
         if self.task is None or not (self.tabletop or self.task == task):
             if self.env:
                 self.env.close()  # EGL wants that before the next one
-            self.env = self.stack() if self.tabletop else self.libero(task)
+            flags = dict(robots=["Panda"], use_camera_obs=False, has_renderer=False, ignore_done=True,
+                         has_offscreen_renderer=True, control_freq=20, hard_reset=False)
+            if self.tabletop:
+                self.env = self.stack(flags)
+            else:
+                from libero.libero.envs.env_wrapper import ControlEnv
+                bddl_file = libero_benchmark(self.suite).get_task_bddl_file_path(task)
+                self.env = ControlEnv(bddl_file_name=bddl_file, **flags).env  # without its wrapper
             if self.collision:
                 self.paint()
         self.task, env = task, self.env
         self.goal = [(env.cubeA_body_id, env.cubeB_body_id)[task]] if self.tabletop else [
             env.obj_body_id[name] for name in env.obj_of_interest if name in env.obj_body_id]
 
-    def libero(self, task):
-        """LIBERO's environment of a task, without its wrapper."""
-        from libero.libero.envs.env_wrapper import ControlEnv
-        bddl_file = libero_benchmark(self.suite).get_task_bddl_file_path(task)
-        return ControlEnv(bddl_file_name=bddl_file, **self.flags).env
-
-    def stack(self):
+    def stack(self, flags):
         """robosuite's Stack scene for the tabletop suites: a stiff arm, the hand 15 cm above the table."""
         import robosuite
         controller = robosuite.load_controller_config(default_controller="OSC_POSE")
         controller["kp"] = 300  # twice the default stiffness: 22 control steps for an episode, not 30
         for bound in ("output_max", "output_min"):  # 0.05 rad a step, not 0.5: there is nothing to turn
             controller[bound][3:] = [x / 10 for x in controller[bound][3:]]
-        env = robosuite.make("Stack", controller_configs=controller, initialization_noise=None, **self.flags)
+        env = robosuite.make("Stack", controller_configs=controller, initialization_noise=None, **flags)
         env.robots[0].init_qpos = np.array([0, 0.548, 0, -2.235, 0, 2.910, 0.785])
         model = env.sim.model
         model.cam_fovy[model.camera_name2id("agentview")] = 35  # degrees; 45 shows more floor than table
@@ -571,7 +571,7 @@ class Simulator:
         """Seed, reset, set the state, settle; in this order at every episode, since LIBERO's fixtures are
         placed by the seed and are no part of the state. -> an answer like step's."""
         self.build(context.task)
-        np.random.seed(context.seed)
+        np.random.seed(context.seed % 2 ** 32)
         self.env.reset()
         if self.tabletop:  # cubes in squares of 12 cm, red on the left, green on the right
             for cube, side in ((self.env.cubeA, -1), (self.env.cubeB, 1)):
@@ -655,7 +655,7 @@ class Worker:
         self.send("reset", episode.context)
 
     def send(self, method, *arguments):
-        """Ask for Simulator.method(*arguments). Of a dead process receive hears."""
+        """Ask for Simulator.method(*arguments); if the process is dead, receive notices."""
         try:
             self.connection.send((method, *arguments))
         except OSError:
@@ -723,7 +723,7 @@ def simulate(policy, workers, queue, cfg, explore=None, film=False):
                                      explore and [explore(episode) for episode in episodes])
                 for worker, episode, record in zip(batch, episodes, records):
                     if not np.isfinite(record["actions"]).all():
-                        raise RuntimeError(f"an action is not finite: {cfg.suite}, {episode.context}")
+                        raise RuntimeError(f"action not finite in group {episode.group}, {episode.context}")
                     worker.send("step", record.pop("actions")[:horizon - sum(episode.executed)], film)
                     episode.records.append(dict(record, seconds=(time.time() - began) / len(batch)))
     torch.set_num_threads(threads)
@@ -783,25 +783,26 @@ def collect(policy, workers, context_of, run, cfg):
         groups = others | groups
     number_of(len(groups) - 1)
     fates, everything = {n: fate(groups[n]) for n in sorted(groups)}, sum(groups.values(), [])
-    kept, solved, failed = ([n for n in fates if fates[n] == end] for end in ("kept", "solved", "failed"))
+    kept, solved = ([n for n in fates if fates[n] == end] for end in ("kept", "solved"))
     run["skip"] |= {groups[n][0].context.index: 3 for n in solved if groups[n][0].context.index >= 0}
     if len(kept) < cfg.groups:
-        warn(kept, solved, failed, cfg)
+        warn(Counter(fates.values()), cfg)
     steps, queries = (sum(measure(e.executed) for e in everything) for measure in (sum, len))
+    seconds = time.time() - began
     stats = dict(rollout_success=np.mean([e.success for e in everything]), rollouts=len(everything),
-                 kept=len(kept), solved=len(solved), failed=len(failed), rejected=1 - len(kept) / len(groups),
-                 scale=scale * WORLD / queries, env_steps=steps, seconds_rollouts=time.time() - began,
-                 seconds_policy=policy_seconds, steps_per_second=steps / (time.time() - began))
+                 kept=len(kept), solved=len(solved), failed=len(groups) - len(kept) - len(solved),
+                 rejected=1 - len(kept) / len(groups), scale=scale * WORLD / queries, env_steps=steps,
+                 seconds_rollouts=seconds, seconds_policy=policy_seconds, steps_per_second=steps / seconds)
     rewards = torch.tensor([[float(e.success) for e in groups[n]] for n in kept])
     return [e for n in kept for e in groups[n]], rewards, stats
 
-def warn(kept, solved, failed, cfg):
-    """Name the cause when the cap on rejections ends an iteration."""
-    cause = ("too hard: start from a better policy or easier tasks" if not solved else
-             "too easy: little is left to learn" if not failed else
+def warn(ends, cfg):
+    """Name the cause when the cap on rejections ends an iteration; ends counts the fates of groups."""
+    cause = ("too hard: start from a better policy or easier tasks" if not ends["solved"] else
+             "too easy: little is left to learn" if not ends["failed"] else
              "too deterministic: contexts decide, not exploration; raise --scale_multiplier")
-    say(f"only {len(kept)} of {cfg.groups} groups have signal, {len(solved)} succeeded K of K, "
-        f"{len(failed)} failed K of K; {cause}")
+    say(f"only {ends['kept']} of {cfg.groups} groups have signal, {ends['solved']} succeeded K of K, "
+        f"{ends['failed']} failed K of K; {cause}")
 
 # ---------------------------------------------------------------------------------------- 7. Supervision
 class Expert:
@@ -819,12 +820,13 @@ class Expert:
         return {name: raw[name] for name in self.KNOWS} | dict(observation=self.policy.preprocess(raw))
 
     def act(self, observations, instructions, pushes):
+        """A record per observation: the one step to run, and the action that it should have been."""
         labels = [self.action(*(seen[name] for name in self.KNOWS)) for seen in observations]
         return [dict(observation=seen["observation"], label=label, actions=[label + np.append(push, [0] * 4)])
                 for seen, label, push in zip(observations, labels, pushes)]
 
     def action(self, hand, goal, closing):
-        """The next action, (7,)."""
+        """The next action, (7,), from what the expert KNOWS."""
         off = lambda place: np.abs(place[:2] - hand[:2]).max()
         move = lambda to, z, grip: np.array([*np.clip(15 * ([*to[:2], z] - hand), -1, 1), 0, 0, 0, grip])
         target, tabletop = goal[0], len(goal) == 1
@@ -936,8 +938,9 @@ def update(policy, optimizer, episodes, rewards, cfg, run):
             gain = advantages[[i for i, _ in rows]] / (steps if cfg.loss_per == "episode" else total)
             optimizer.zero_grad()
             log = dict.fromkeys(("loss", "ratio", "clip_frac", "approx_kl", "ratio_error"), 0.0)
-            for part in torch.arange(len(rows)).split(cfg.micro_batch) if rows else ():
-                log_prob, m = policy.log_prob([records[i] for i in part]).cpu(), mask[part]
+            for start in range(0, len(rows), cfg.micro_batch):
+                part = slice(start, start + cfg.micro_batch)
+                log_prob, m = policy.log_prob(records[part]).cpu(), mask[part]
                 loss, stats = ppo_clip_loss(log_prob, old[part], gain[part], m, cfg.clip, "token")
                 (loss * m.sum()).backward()
                 log["loss"] += (loss * m.sum()).item()
@@ -947,9 +950,8 @@ def update(policy, optimizer, episodes, rewards, cfg, run):
                     off = ((log_prob.detach() - old[part]).exp() - 1)[m].abs().max().item()
                     log["ratio_error"] = max(off, log["ratio_error"])
             reduce_gradients(parameters)
-            parts = gather(log)
-            joined = {name: [part[name] for part in parts] for name in log}
-            log = {name: (max if name == "ratio_error" else sum)(values) for name, values in joined.items()}
+            ranks = gather(log)
+            log = {name: (max if name == "ratio_error" else sum)(r[name] for r in ranks) for name in log}
             log["grad_norm"] = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
             if not math.isfinite(log["grad_norm"]):
                 raise RuntimeError(f"the gradient is not finite in iteration {run['iteration'] + 1}")
@@ -975,7 +977,8 @@ def evaluation_contexts(cfg):
 def evaluate(policy, workers, contexts, cfg, film=False):
     """Act with the mean in every context: -> the Episodes in the contexts' order, without their records."""
     queue = deque([Episode(context, number) for number, context in enumerate(contexts)][RANK::WORLD])
-    episodes = tqdm(simulate(policy, workers, queue, cfg, film=film), "evaluation", leave=False, disable=None)
+    episodes = simulate(policy, workers, queue, cfg, film=film)
+    episodes = tqdm(episodes, "evaluation", len(queue), leave=False, disable=None)
     episodes = sum(gather([replace(episode, records=[]) for episode in episodes]), [])
     return sorted(episodes, key=lambda episode: episode.group)
 
@@ -1106,7 +1109,7 @@ def supervise(policy, workers, demos, cfg):
     if not demos and cfg.suite in SCRIPTED:
         demos = scripted_demonstrations(policy, workers, cfg)
     if not demos:
-        return say(f"no stage 2: {cfg.suite} has no scripted expert, --demos DIR gives LIBERO's HDF5 files")
+        return say(f"no stage 2: no demonstrations of {cfg.suite}, --demos DIR gives LIBERO's HDF5 files")
     if not cfg.checkpoint:
         proprio = [record["observation"]["proprio"] for demo in demos for record in demo.records]
         bounds = np.quantile(proprio, (0.01, 0.99), 0).tolist()
@@ -1181,6 +1184,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+    if WORLD > 1:  # not after an error, when the other ranks may never answer
+        distributed.destroy_process_group()
