@@ -51,16 +51,21 @@ import h5py
 import imageio
 import mujoco
 import numpy as np
+import simplejpeg
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from matplotlib.figure import Figure
+from peft import LoraConfig, inject_adapter_in_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.spatial.transform import Rotation
 from scipy.stats import binomtest
 from torch import distributed, nn
 from torch.distributed.elastic.multiprocessing import errors
 from tqdm import tqdm
-from transformers import ByT5Tokenizer, DynamicCache, HfArgumentParser, LlamaConfig, LlamaForCausalLM
+from transformers import (ByT5Tokenizer, DynamicCache, HfArgumentParser, LlamaConfig, LlamaForCausalLM,
+                          PreTrainedTokenizerFast)
 
 # --------------------------------------------------------------------------------------- 1. Configuration
 LIBERO = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
@@ -77,10 +82,15 @@ def option(default, text):
 @dataclass
 class Config:
     """Every setting. A preset of (model, suite) overrides these defaults, the command line overrides both."""
-    model: Literal["tiny"] = option("tiny", "the policy; tiny is an OpenVLA-OFT of laptop size")
+    model: Literal["tiny", "openvla-oft"] = option("tiny", "the policy; tiny is an OpenVLA-OFT of laptop size")
     suite: Literal[(*HORIZON, "libero_long")] = option("tabletop", "the tasks; libero_long is libero_10")
     task: int = option(-1, "only this task of the suite; -1: all of them")
-    checkpoint: str = option("", "directory of the policy to start from; none: random weights")
+    checkpoint: str = option("", "directory or hub id of the policy to start from; none: the suite's release, or "
+                             "random weights for tiny")
+    adapter: str = option("", "directory of LoRA weights and heads to start from, as the authors and runs save it")
+    scale_head: str = option("", "scale_header.pth to explore with; none: the adapter's, or fitted to --demos")
+    prefix: Literal["exact", "prompt"] = option("exact", "OpenVLA-OFT's own forward pass, or that of the released "
+                                                "adapters, whose prompt does not see the action positions")
     out: str = option("runs/latest", "directory for configuration, metrics, curve, videos and checkpoints")
     resume: str = option("", "directory of a run to continue after its last complete iteration")
     eval: bool = option(False, "evaluate --checkpoint and stop")
@@ -91,6 +101,7 @@ class Config:
     demos_per_task: int = option(10, "scripted demonstrations per task, where --demos gives none")
     sft_steps: int = option(0, "optimiser steps of supervised fine-tuning, L1 loss")
     sft_lr: float = option(1e-3, "learning rate of SFT, with warm-up and cosine decay")
+    fit_scale_head: bool = option(False, "fit the scale head, save OUT/sft/scale_header.pth and stop")
     scale_steps: int = option(500, "optimiser steps of the scale head, Laplace NLL, everything else frozen")
     # Stage 3: RIPT
     iterations: int = option(12, "outer steps, M")
@@ -122,6 +133,10 @@ PRESETS["tiny", "tabletop_pretrain"] |= dict(demos_per_task=150, scale_steps=0, 
 PRESETS["tiny", "tabletop"] |= dict(
     checkpoint=str(Path(__file__).parent / "assets/tabletop"), demos_per_task=1, sft_steps=5, sft_lr=6e-6,
     iterations=6, groups=16, max_rejected=12, eval_every=2)
+PRESETS |= {("openvla-oft", suite): dict(act_batch=8, micro_batch=4, scale_multiplier=5.0, out=f"runs/oft_{suite}")
+            for suite in LIBERO}
+PRESETS["openvla-oft", "libero_spatial"] |= dict(scale_multiplier=2.0)
+PRESETS["openvla-oft", "libero_goal"] |= dict(lr=1e-5)
 
 def fail(message):
     """What the user can mend: one sentence, exit status 2."""
@@ -134,7 +149,9 @@ def parse_config(argv) -> Config:
                               formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message} (python ript.py --help lists the settings)")
     given = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
-    parser.set_defaults(**PRESETS[given.model, given.suite.replace("long", "10")])
+    if (preset := PRESETS.get((given.model, given.suite.replace("long", "10")))) is None:
+        fail(f"--model {given.model} is for the suites {', '.join(s for model, s in PRESETS if model == given.model)}")
+    parser.set_defaults(**preset)
     if given.resume:
         try:
             saved = Config(**json.loads((Path(given.resume) / "config.json").read_text()))
@@ -259,34 +276,41 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x)) * scale2
 
 class Tower(nn.Module):
-    """A vision transformer with timm's names (DINOv2, SigLIP): pictures (B, 3, h, w) -> patches (B, P, dim).
+    """A vision transformer with timm's names (DINOv2, SigLIP): pictures (B, 3, h, w) -> patches (B, P, D).
 
-    OpenVLA reads block depth - 2, without the final norm: the last block and the norm are not built.
+    OpenVLA reads block depth - 2 and no norm. What comes after it is in the released checkpoints and has
+    adapters there, so it is built too: the last block, norm and attn_pool are never run.
     """
-    def __init__(self, dim, depth, heads, mlp_ratio=4., prefix=0, layer_scale=False, size=224, patch=14):
+    def __init__(self, embed_dim, depth, num_heads, mlp_ratio=4., prefix=0, layer_scale=False, pool=False):
         super().__init__()
-        self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, dim, patch, patch)))
-        self.pos_embed = nn.Parameter(torch.randn(1, (size // patch) ** 2, dim) * 0.02)
+        D = embed_dim
+        self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, D, 14, 14)))  # 224 / 14 = 16 patches a side
+        self.pos_embed = nn.Parameter(torch.randn(1, 16 ** 2, D) * 0.02)
         self.prefix = prefix  # a class token and registers, which get no position
         if prefix:
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-            self.reg_token = nn.Parameter(torch.zeros(1, prefix - 1, dim))
-        self.blocks = nn.Sequential(*(Block(dim, heads, mlp_ratio, layer_scale) for _ in range(depth - 1)))
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+            self.reg_token = nn.Parameter(torch.zeros(1, prefix - 1, D))
+        self.blocks = nn.Sequential(*(Block(D, num_heads, mlp_ratio, layer_scale) for _ in range(depth)))
+        self.norm = nn.LayerNorm(D, eps=1e-6)
+        if pool:
+            self.attn_pool = nn.ModuleDict(dict(q=nn.Linear(D, D), kv=nn.Linear(D, 2 * D), norm=nn.LayerNorm(D),
+                                                proj=nn.Linear(D, D), mlp=mlp(D, int(D * mlp_ratio), D)))
+            self.attn_pool.latent = nn.Parameter(torch.zeros(1, 1, D))
 
     def forward(self, pictures):
         x = self.patch_embed["proj"](pictures).flatten(2).mT + self.pos_embed  # B P D
         if self.prefix:
             extra = torch.cat([self.cls_token, self.reg_token], 1)
             x = torch.cat([extra.expand(len(x), -1, -1), x], 1)
-        return self.blocks(x)[:, self.prefix:]
+        return self.blocks[:-1](x)[:, self.prefix:]
 
 class Keypoints(nn.Module):
-    """A tower that learns to see in minutes, by where its channels look: (B, 3, h, w) -> (B, 1, dim)."""
-    def __init__(self, dim, keypoints=16):
+    """A tower that learns to see in minutes, by where its channels look: (B, 3, h, w) -> (B, 1, D)."""
+    def __init__(self, embed_dim, keypoints=16):
         super().__init__()
         self.look = nn.Sequential(nn.Conv2d(3, 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(),
                                   nn.Conv2d(32, keypoints, 1))
-        self.read = nn.Linear(2 * keypoints, dim)
+        self.read = nn.Linear(2 * keypoints, embed_dim)
 
     def forward(self, pictures):
         heat = self.look(pictures)  # B keypoints h w
@@ -308,13 +332,34 @@ class MLPResNet(nn.Module):
             x = x + block["ffn"](x)
         return self.fc2(self.layer_norm2(x))
 
+def openvla_picture(picture):
+    """A camera's picture as OpenVLA-OFT was trained with it: (h, w, 3) uint8 -> (224, 224, 3) uint8.
+
+    TensorFlow's JPEG round trip (quality 95, fast integer DCT), Lanczos to 224 pixels, and the central 90% of
+    the area, bilinearly at 224 pixels again.
+    """
+    jpeg = io.BytesIO()
+    Image.fromarray(picture).save(jpeg, "JPEG", quality=95)
+    picture = simplejpeg.decode_jpeg(jpeg.getvalue(), fastdct=True, fastupsample=False)
+    x = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
+    x = F.interpolate(x, size=(224, 224), mode="lanczos", antialias=True).round().clamp(0, 255) / 255
+    side = np.float32(0.9) ** np.float32(0.5)
+    at = (1 - side) / 2 * 223 + torch.arange(224) * side  # the rows and columns to sample, in pixels
+    left, share = at.long(), at.frac()
+    for _ in range(2):  # columns, then rows
+        x = (x[..., left] + (x[..., left + 1] - x[..., left]) * share).mT
+    return (x * 255.5).floor().byte()[0].permute(1, 2, 0).numpy()
+
 @dataclass
 class Architecture:
     """The sizes of an OpenVLAOFT and the bounds of its inputs, as in config.json. Defaults: the laptop's."""
-    towers: tuple = (dict(dim=48), dict(dim=48))  # arguments of Tower if they name a depth, else of Keypoints
+    towers: tuple = (dict(embed_dim=48),) * 2  # arguments of Tower if they name a depth, else of Keypoints
     llm: dict = field(default_factory=lambda: dict(vocab_size=259, hidden_size=96, intermediate_size=192,
                                                    num_hidden_layers=2, num_attention_heads=4))
     prompt: str = "{}"  # around the instruction
+    pixels: tuple = (dict(mean=(0.5,) * 3, std=(0.5,) * 3),) * 2  # each tower's normalisation of 0..1
+    openvla_pictures: bool = False  # through openvla_picture, or as they are drawn
+    dtype: str = "float32"  # of the weights
     trained: tuple = ("action_head",)  # what stage 3 trains, the first parts of names
     # Bounds of b, normalised action units: wide for rotation, which matters little here, since a wide density
     # makes for quiet gradients; narrow for the gripper, whose sign decides.
@@ -323,6 +368,37 @@ class Architecture:
     statistics: dict = field(default_factory=lambda: dict(  # the bounds that become -1 and 1
         action=dict(q01=[-1.0] * 7, q99=[1.0] * 7), proprio=dict(q01=[-1.5] * 8, q99=[1.5] * 8)))
 
+    @classmethod
+    def read(cls, directory, suite):
+        """From config.json, as OpenVLAOFT.save or OpenVLA-OFT's release wrote it."""
+        content = lambda name: json.loads((directory / name).read_text())
+        config = content("config.json")
+        if "text_config" not in config:
+            return cls(**config)
+        towers = (dict(embed_dim=1024, depth=24, num_heads=16, prefix=5, layer_scale=True),
+                  dict(embed_dim=1152, depth=27, num_heads=16, mlp_ratio=3.7362, pool=True))
+        towers = tuple(a | b for a, b in zip(towers, config.get("timm_model_kwargs", ({}, {}))))
+        pixels = [{key: norm[key] for key in ("mean", "std")}
+                  for norm in content("preprocessor_config.json")["tvf_normalize_params"]]
+        statistics = content("dataset_statistics.json")
+        name = suite if suite in statistics else f"{suite}_no_noops"
+        if name not in statistics:
+            raise ValueError(f"dataset_statistics.json has {', '.join(statistics)}, not {suite or 'no suite'}")
+        return cls(towers, config["text_config"], "In: What action should the robot take to {}?\nOut:", pixels, True,
+                   config["torch_dtype"], ("language_model.model.layers", "action_head"),
+                   scale_range=((math.exp(-2),) * 7, (math.exp(0.5),) * 7), statistics=statistics[name])
+
+def laplace_scale_head(D, A):
+    """A new head for log b, of the action head's architecture: (B, H, A D) -> (B, H, A), near -3 at first."""
+    head = nn.ModuleDict(dict(trunk=MLPResNet(A * D, D, D), log_b_head=nn.Linear(D, A)))
+    nn.init.xavier_uniform_(head["log_b_head"].weight, gain=0.01)
+    nn.init.constant_(head["log_b_head"].bias, -3.0)
+    return head
+
+def unpickle(path):
+    """What torch.save wrote, if it is tensors and their names: the file's own code does not run."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
 class OpenVLAOFT(nn.Module):
     """OpenVLA-OFT with a Laplace scale head: two vision towers, Llama attending both ways, an L1 head.
 
@@ -330,25 +406,129 @@ class OpenVLAOFT(nn.Module):
     BOS | patches of each camera | proprio | padding, prompt, space | A H zeros | stop. As a language model
     predicts the next token, the heads read the final hidden states of the space and the first A H - 1 zeros.
 
-    The policy protocol is preprocess, act, log_prob, imitation_loss, trainable, save and load.
+    prefix="exact" is the function that OpenVLA-OFT was trained with; with "prompt", as the released RIPT
+    adapters were trained, what precedes the space does not see what follows it.
+
+    The policy protocol is load, chunk, TOKENS, preprocess, act, log_prob, imitation_loss, trainable and save.
     """
     A, BOS, STOP = 7, 1, 2
+    TOKENS = 0  # per query; 0: log_prob has a column per action step, not per token
+    CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")
+    LORA = dict(r=32, lora_alpha=16, lora_dropout=0.0, bias="none", init_lora_weights="gaussian",
+                target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+                                "lm_head", "qkv", "q", "kv", "proj", "fc1", "fc2", "fc3"])
 
-    def __init__(self, arch: Architecture):
+    def __init__(self, arch: Architecture, tokenizer=None, prefix="exact"):
         super().__init__()
-        self.arch, D, wide = arch, arch.llm["hidden_size"], sum(tower["dim"] for tower in arch.towers)
+        llama, wide = LlamaConfig(**arch.llm), sum(tower["embed_dim"] for tower in arch.towers)
+        D = llama.hidden_size
         towers = [Tower(**tower) if "depth" in tower else Keypoints(**tower) for tower in arch.towers]
         self.vision_backbone = nn.ModuleDict(dict(featurizer=towers[0], fused_featurizer=towers[1]))
         self.projector, self.proprio_projector = mlp(wide, 4 * wide, D, D), mlp(8, D, D)
-        self.language_model = LlamaForCausalLM(LlamaConfig(**arch.llm))
-        self.language_model.lm_head = nn.Identity()  # actions do not come from the vocabulary
+        self.language_model = LlamaForCausalLM(llama)
         self.action_head = nn.ModuleDict(dict(model=MLPResNet(self.A * D, D, self.A)))
-        trunk, log_b_head = MLPResNet(self.A * D, D, D), nn.Linear(D, self.A)
-        self.scale_head = nn.ModuleDict(dict(trunk=trunk, log_b_head=log_b_head))
-        nn.init.xavier_uniform_(log_b_head.weight, gain=0.01)
-        nn.init.constant_(log_b_head.bias, -3.0)
-        self.tokenizer, self.scale_multiplier = ByT5Tokenizer(), 1.0
+        self.scale_head = laplace_scale_head(D, self.A)
+        self.arch, self.tokenizer, self.prefix = arch, tokenizer or ByT5Tokenizer(), prefix
+        self.chunk, self.lora, self.scale_multiplier = arch.chunk, None, 1.0
         self.eval()  # for good: old and new log-probabilities must come from one function
+
+    # -- checkpoints
+    @classmethod
+    def load(cls, cfg, saved=""):
+        """The policy that a run starts from or, with saved, as save wrote it into that directory."""
+        if cfg.model == "tiny":
+            source = saved or cfg.checkpoint
+            policy = cls.from_pretrained(source) if source else cls(Architecture())
+        else:
+            adapter = saved or cfg.adapter
+            if not (adapter or cfg.scale_head or cfg.demos or cfg.eval):
+                fail("openvla-oft explores with a scale head: --scale_head FILE or --adapter DIR has one, "
+                     "--demos DIR fits one to LIBERO's demonstrations")
+            if not cfg.checkpoint and cfg.suite not in LIBERO[:4]:
+                fail(f"OpenVLA-OFT was not released for {cfg.suite}: --checkpoint names a directory")
+            source = cfg.checkpoint or f"moojink/openvla-7b-oft-finetuned-{cfg.suite.replace('_', '-')}"
+            policy = cls.from_pretrained(source, cfg.suite, adapter, cfg.scale_head, cfg.prefix, cfg.device)
+            if not (adapter or cfg.eval):
+                policy.add_lora()
+        policy.scale_multiplier = cfg.scale_multiplier
+        return policy.to(cfg.device)
+
+    @classmethod
+    def from_pretrained(cls, path, suite="", adapter=None, scale_head=None, prefix="exact", device="cpu",
+                        dtype=None):
+        """Read a directory, or a repository of the hub: OpenVLA-OFT's release, or what save wrote.
+
+        suite picks the statistics of actions and proprio; adapter is a directory of LoRA weights and heads,
+        scale_head a scale_header.pth. Weights go to the device file by file, in dtype (None: config.json's),
+        the heads in float32. Every tensor must be known, every parameter given, and nothing that was downloaded
+        is executed. What cannot be read ends the program with one sentence.
+        """
+        at = path  # what is being read
+        try:
+            if not Path(path).is_dir():
+                path = snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*_checkpoint.pt"],
+                                         ignore_patterns="lora_adapter/*")
+            path = Path(path)
+            arch, words, tokenizer = Architecture.read(path, suite), path / "tokenizer.json", None
+            if words.exists():
+                tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(words), pad_token="<PAD>")
+            with torch.device("meta"):  # no memory for what is read
+                policy = cls(arch, tokenizer, prefix)
+            dtype, llama = dtype or getattr(torch, arch.dtype), policy.language_model.model
+            llama.rotary_emb = type(llama.rotary_emb)(llama.config)  # is computed
+            policy.scale_head = laplace_scale_head(llama.config.hidden_size, cls.A)
+            for at in sorted(path.glob("model*.safetensors")):
+                policy._fill(load_file(at, str(device)), dtype)
+            for at in sorted(path.glob("*--*_checkpoint.pt")):
+                policy._fill(unpickle(at), dtype, at.name.split("--")[0] + ".")
+            if absent := [name for name, p in policy.named_parameters() if p.is_meta]:
+                at = path
+                raise ValueError(f"{len(absent)} tensors are missing, {absent[0]} among them")
+            if scale_head and (at := scale_head):
+                for part, name in (("scale_trunk", "trunk"), ("log_b_head", "log_b_head")):
+                    policy._fill(unpickle(at)[part], dtype, f"scale_head.{name}.")
+            if adapter and (at := adapter):
+                policy.add_lora(Path(adapter))
+            policy.to(device)
+        except Exception as error:  # whatever json, safetensors, torch, PEFT and the hub say
+            fail(f"cannot read a policy from {at}: {error or type(error).__name__}")
+        policy.trainable("ript")
+        policy.scale_head.requires_grad_(True)
+        return policy
+
+    def _fill(self, weights, dtype, part=""):
+        """Make tensors the parameters of these names: in dtype, the heads' and adapters' in float32."""
+        named = {}
+        for name, value in weights.items():
+            name = part + name.removeprefix("module.")  # which DistributedDataParallel puts before it
+            precise = name.startswith(("action_head", "scale_head")) or "lora_" in name
+            named[name] = value.to(torch.float32 if precise else dtype)
+        if unknown := self.load_state_dict(named, strict=False, assign=True).unexpected_keys:
+            raise ValueError(f"{len(unknown)} tensors do not belong to the model, {unknown[0]} among them")
+
+    def add_lora(self, directory=None):
+        """Add adapters to every linear layer but the heads': new ones, or a directory's, with its heads.
+
+        The directory's form is the authors': adapter_config.json, adapter_model.safetensors (which also holds a
+        copy of lm_head that nobody needs) and openvla_headers.pt.
+        """
+        own = lambda: {name for name, _ in self.named_parameters() if "lora_" in name}
+        self.lora = dict(self.LORA)
+        if directory:
+            given = json.loads((directory / "adapter_config.json").read_text())
+            self.lora = {name: given[name] for name in self.LORA}
+        inject_adapter_in_model(LoraConfig(
+            **self.lora, exclude_modules=r"(action_head|scale_head|proprio_projector)\..*"), self)
+        for name, p in self.named_parameters():
+            p.data = p.data.float() if "lora_" in name else p.data
+        if directory:
+            weights = {name.removeprefix("base_model.model.").replace(".weight", ".default.weight"): value
+                       for name, value in load_file(directory / "adapter_model.safetensors").items() if "lora_" in name}
+            if weights.keys() != own():
+                raise ValueError("its adapters are not those of this model's layers")
+            self._fill(weights, None)
+            for part, head in unpickle(directory / "openvla_headers.pt").items():
+                self._fill(head, None, part.replace("header", "head") + ".")
 
     # -- observations and actions
     def preprocess(self, raw):
@@ -357,8 +537,10 @@ class OpenVLAOFT(nn.Module):
         sine = math.sqrt(1 - w * w)  # of half the angle
         axis_angle = np.array([x, y, z]) * (2 * math.acos(w) / sine if sine > 1e-8 else 0)
         proprio = np.concatenate([raw["robot0_eef_pos"], axis_angle, raw["robot0_gripper_qpos"]])
-        pictures = np.stack([raw[f"{name}_image"][::-1, ::-1] for name in Simulator.CAMERAS])
-        return dict(pictures=pictures, proprio=proprio)
+        pictures = [raw[camera][::-1, ::-1] for camera in self.CAMERAS]  # as OpenGL draws: turned by 180 degrees
+        if self.arch.openvla_pictures:
+            pictures = [openvla_picture(picture) for picture in pictures]
+        return dict(pictures=np.stack(pictures), proprio=proprio)
 
     def _bounds(self, kind):
         low, high = (np.array(self.arch.statistics[kind][name]) for name in ("q01", "q99"))
@@ -381,48 +563,57 @@ class OpenVLAOFT(nn.Module):
     # -- the forward pass
     def _embed(self, observations, instructions):
         """-> the sequence's embeddings (B, S, D), its mask (B, 1, S, S) and its position ids (B, S)."""
-        words, zeros = self.language_model.model.embed_tokens, self.A * self.arch.chunk
-        to = lambda rows: torch.as_tensor(np.stack(rows)).to(words.weight)
-        pictures = to([o["pictures"] for o in observations]).permute(0, 1, 4, 2, 3) / 127.5 - 1  # B V 3 h w
-        seen = torch.cat([tower(pictures.flatten(0, 1)) for tower in self.vision_backbone.values()], -1)
-        patches = self.projector(seen).unflatten(0, pictures.shape[:2]).flatten(1, 2)  # B VP D
+        words, zeros = self.language_model.model.embed_tokens, self.A * self.chunk
+        to = lambda value: torch.as_tensor(value, dtype=torch.float32, device=words.weight.device)
+        pictures = to(np.stack([o["pictures"] for o in observations])).permute(0, 1, 4, 2, 3) / 255  # B V 3 h w
+        seen = []
+        for tower, norm in zip(self.vision_backbone.values(), self.arch.pixels):
+            mean, std = (to(norm[name])[:, None, None] for name in ("mean", "std"))
+            seen.append(tower(((pictures - mean) / std).flatten(0, 1).to(words.weight)))  # BV P D of the tower
+        patches = self.projector(torch.cat(seen, -1)).unflatten(0, pictures.shape[:2]).flatten(1, 2)  # B VP D
         low, width = self._bounds("proprio")
-        proprio = to([np.clip(2 * (o["proprio"] - low) / width - 1, -1, 1) for o in observations])
+        proprio = to(np.stack([np.clip(2 * (o["proprio"] - low) / width - 1, -1, 1) for o in observations]))
+        proprio = self.proprio_projector(proprio.to(words.weight))[:, None]  # B 1 D
         texts = [self.arch.prompt.format(text.lower()) + " " for text in instructions]
         tokens = self.tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left",
                                 return_tensors="pt").to(words.weight.device)
         B, D = len(texts), patches.shape[-1]
         first, stop = (words(tokens.input_ids.new_full((B, 1), token)) for token in (self.BOS, self.STOP))
-        x = torch.cat([first, patches, self.proprio_projector(proprio)[:, None], words(tokens.input_ids),
-                       patches.new_zeros(B, zeros, D), stop], 1)
+        blank = patches.new_zeros(B, zeros, D)
+        x = torch.cat([first, patches, proprio, words(tokens.input_ids), blank, stop], 1)
         real = F.pad(tokens.attention_mask, (patches.shape[1] + 2, zeros + 1), value=1).bool()  # B S
         return x, real[:, None, None].expand(-1, 1, x.shape[1], -1), real.cumsum(-1) - 1
 
     def _hidden(self, observations, instructions):
         """The final hidden states that the heads read, (B, A H, D), with gradient as far back as any trains.
 
-        Where the decoder trains and what feeds it does not, one pass without gradient over the sequence fills
-        the cache, which is cropped to the prompt; the last A H + 2 positions run again, with gradient.
+        Where the decoder trains and what feeds it does not, one pass without gradient fills a cache, which is
+        cropped to what precedes the space; the last A H + 2 positions run again, with gradient. In exact mode
+        the first pass has seen them too, so that the result is that of one pass over the whole sequence.
         """
         trains = lambda part: torch.is_grad_enabled() and any(p.requires_grad for p in part.parameters())
         whole = any(map(trains, (self.vision_backbone, self.projector, self.proprio_projector)))
-        last = self.A * self.arch.chunk + 2  # the space, the zeros, the stop
-        short = trains(self.language_model) and not whole
-        cache, llama = DynamicCache() if short else None, self.language_model.model
+        last = self.A * self.chunk + 2  # the space, the zeros, the stop
+        llama, cache = self.language_model.model, None
+        if self.prefix == "prompt" or trains(self.language_model) and not whole:
+            cache = DynamicCache()
         with torch.set_grad_enabled(whole):
             x, mask, positions = self._embed(observations, instructions)
-            hidden = llama(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=short,
-                           past_key_values=cache).last_hidden_state
-        if short:
-            cache.crop(-last)
+            end = -last if self.prefix == "prompt" else None
+            hidden = llama(inputs_embeds=x[:, :end], attention_mask=mask[:, :, :end, :end],
+                           position_ids=positions[:, :end], past_key_values=cache,
+                           use_cache=cache is not None).last_hidden_state
+        if cache:
+            if end is None:
+                cache.crop(-last)
             hidden = llama(inputs_embeds=x[:, -last:], attention_mask=mask[:, :, -last:],
                            position_ids=positions[:, -last:], past_key_values=cache).last_hidden_state
         return hidden[:, -last:-2]
 
     def _heads(self, hidden):
-        rows = hidden.unflatten(1, (self.arch.chunk, self.A)).flatten(2)  # B H AD
+        rows = hidden.float().unflatten(1, (self.chunk, self.A)).flatten(2)  # B H AD
         log_scale = self.scale_head["log_b_head"](self.scale_head["trunk"](rows))
-        return self.action_head["model"](rows).float(), log_scale.float()
+        return self.action_head["model"](rows), log_scale
 
     def predict(self, observations, instructions):
         """-> mean and log_scale, (B, H, A) each, normalised, float32."""
@@ -466,31 +657,33 @@ class OpenVLAOFT(nn.Module):
         return -laplace_log_prob(target, mean, log_scale).mean()
 
     def trainable(self, stage):
-        """Named parameters of a stage, the only ones with gradient from now on: "sft", "scale" or "ript"."""
+        """AdamW's parameter groups of a stage, "sft", "scale" or "ript"; no others have gradient from now on.
+
+        Where there are adapters, they train in place of the layers that they adapt.
+        """
         parts = dict(sft=[name for name, _ in self.named_children() if name != "scale_head"],
                      scale=["scale_head"], ript=self.arch.trained)[stage]
-        chosen = {name: p for name, p in self.named_parameters() if name.startswith(tuple(parts))}
-        self.requires_grad_(False)
-        for p in chosen.values():
-            p.requires_grad_(True)
-        return chosen
+        for name, p in self.named_parameters():
+            free = not self.lora or "lora_" in name or name.startswith(("action_head", "scale_head"))
+            p.requires_grad_(free and name.startswith(tuple(parts)))
+        return [dict(params=[p for p in self.parameters() if p.requires_grad], weight_decay=1e-4)]
 
     def save(self, directory):
-        """Write model.safetensors and config.json."""
-        arch = json.dumps(asdict(self.arch), indent=1)
-        write(directory / "config.json", lambda path: path.write_text(arch))
-        weights = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()}
-        write(directory / "model.safetensors", lambda path: save_file(weights, path))
-
-    @classmethod
-    def load(cls, directory):
-        """Read what save wrote, strictly."""
-        try:
-            policy = cls(Architecture(**json.loads((Path(directory) / "config.json").read_text())))
-            policy.load_state_dict(load_file(Path(directory) / "model.safetensors"))
-        except Exception as error:  # whatever json, safetensors and torch say of a damaged file
-            fail(f"cannot load a policy from {directory}: {error or type(error).__name__}")
-        return policy
+        """Write model.safetensors and config.json or, with adapters, these and the heads in the authors' form."""
+        weights = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()
+                   if not self.lora or "lora_" in name or name.startswith(("action_head", "scale_head"))}
+        part = lambda prefix: {name.removeprefix(prefix): p for name, p in weights.items() if name.startswith(prefix)}
+        texts = {"config.json": asdict(self.arch)}
+        if self.lora:
+            heads = dict(action_header=part("action_head."), scale_header=part("scale_head."))
+            write(directory / "openvla_headers.pt", lambda path: torch.save(heads, path))
+            scale = dict(scale_trunk=part("scale_head.trunk."), log_b_head=part("scale_head.log_b_head."))
+            write(directory / "scale_header.pth", lambda path: torch.save(scale, path))
+            weights = {"base_model.model." + name.replace(".default", ""): p
+                       for name, p in weights.items() if "lora_" in name}
+        name, settings = ("adapter_model", dict(self.lora, peft_type="LORA")) if self.lora else ("model", asdict(self.arch))
+        write(directory / f"{name}.safetensors", lambda path: save_file(weights, path))
+        write(directory / f"{'adapter_' * bool(self.lora)}config.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
 
 # ------------------------------------------------------------------------------------------ 5. Simulator
 @dataclass
@@ -891,9 +1084,9 @@ def fit(policy, stage, demos, steps, lr, seed, batch):
 
     Warm-up and cosine decay. A chunk that outlasts its demonstration repeats the last action.
     """
-    rng, losses, horizon = np.random.default_rng([seed, 0]), [], policy.arch.chunk
-    parameters = list(policy.trainable(stage).values())
-    optimizer = torch.optim.AdamW(parameters, weight_decay=1e-4)
+    rng, losses, horizon = np.random.default_rng([seed, 0]), [], policy.chunk
+    groups = policy.trainable(stage)
+    parameters, optimizer = [p for group in groups for p in group["params"]], torch.optim.AdamW(groups)
     index = [(demo, t) for demo in demos for t in range(len(demo.records))]
     for step in tqdm(range(steps), stage, leave=False, disable=None):
         rise, fall = min(1, (step + 1) * 20 / steps), 0.5 + 0.5 * math.cos(math.pi * step / steps)
@@ -921,20 +1114,23 @@ def fit_scale_head(policy, demos, cfg):
 # --------------------------------------------------------------------------------------------- 8. Update
 def update(policy, optimizer, episodes, rewards, cfg, run):
     """Algorithm 1, lines 15-17: N passes of minibatches over the kept episodes: -> mean diagnostics."""
-    began, logs, H = time.time(), [], policy.arch.chunk
-    advantages, parameters = leave_one_out_advantage(rewards).flatten(), optimizer.param_groups[0]["params"]
+    began, logs = time.time(), []
+    advantages = leave_one_out_advantage(rewards).flatten()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     rng = np.random.default_rng([cfg.seed, run["iteration"]])
-    batches = math.ceil(len(episodes) / cfg.minibatch)
+    batches, width = math.ceil(len(episodes) / cfg.minibatch), policy.TOKENS or policy.chunk
+    # What counts of a query: the steps that were executed, or all tokens, since each token decides every step.
+    counted = [[policy.TOKENS or ran for ran in episode.executed] for episode in episodes]
     for _ in range(cfg.passes):
         for minibatch in np.array_split(rng.permutation(len(episodes)), batches):
             rows = [(i, q) for i in minibatch for q in range(len(episodes[i].records))]
             records = [episodes[i].records[q] for i, q in rows]
             old = torch.tensor(np.array([record["log_prob"] for record in records]))  # B H
-            mask = torch.tensor([[h < episodes[i].executed[q] for h in range(H)] for i, q in rows])  # B H
+            mask = torch.tensor([[h < counted[i][q] for h in range(width)] for i, q in rows])  # B H
             # A step's weight in the loss goes on its advantage, in which the loss is linear: so micro-batches
             # of chunks, whichever episodes and ranks they come from, add up to the minibatch's gradient.
-            total = sum(sum(episodes[i].executed) for i in minibatch)  # of all ranks
-            steps = torch.tensor([sum(episodes[i].executed) * len(minibatch) for i, _ in rows])
+            total = sum(sum(counted[i]) for i in minibatch)  # of all ranks
+            steps = torch.tensor([sum(counted[i]) * len(minibatch) for i, _ in rows])
             gain = advantages[[i for i, _ in rows]] / (steps if cfg.loss_per == "episode" else total)
             optimizer.zero_grad()
             log = dict.fromkeys(("loss", "ratio", "clip_frac", "approx_kl", "ratio_error"), 0.0)
@@ -1053,7 +1249,8 @@ def save_run(out, policy, optimizer, run):
     if run["history"][-1].get("eval_success", -1) > run["best"]:
         run["best"] = run["history"][-1]["eval_success"]
         policy.save(out / "best")
-    state = dict(run, policy=policy.trainable("ript"), optimizer=optimizer.state_dict())
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    state = dict(run, policy=trained, optimizer=optimizer.state_dict())
     write(out / "run.pt", lambda path: torch.save(state, path))
     write_metrics(out, run["history"])
 
@@ -1089,7 +1286,7 @@ def check(cfg):
         fail(f"--device {cfg.device} cannot be used: {str(error).splitlines()[0]}")
     if cfg.demos and cfg.suite not in LIBERO:
         fail(f"--demos is for the suites of LIBERO, {cfg.suite} makes its own demonstrations")
-    if cfg.eval and not cfg.checkpoint:
+    if cfg.eval and cfg.model == "tiny" and not cfg.checkpoint:
         fail("--eval needs --checkpoint DIR, the directory of a saved policy")
     if mujoco.__version__ != MUJOCO:
         fail(f"MuJoCo {mujoco.__version__} changes the results: pip install mujoco=={MUJOCO}")
@@ -1110,13 +1307,13 @@ def supervise(policy, workers, demos, cfg):
         demos = scripted_demonstrations(policy, workers, cfg)
     if not demos:
         return say(f"no stage 2: no demonstrations of {cfg.suite}, --demos DIR gives LIBERO's HDF5 files")
-    if not cfg.checkpoint:
+    if cfg.model == "tiny" and not cfg.checkpoint:
         proprio = [record["observation"]["proprio"] for demo in demos for record in demo.records]
         bounds = np.quantile(proprio, (0.01, 0.99), 0).tolist()
         policy.arch.statistics["proprio"] = dict(zip(("q01", "q99"), bounds))
     if cfg.sft_steps:
         say(f"SFT on {len(demos)} demonstrations: L1 {sft(policy, demos, cfg):.4f}")
-    if cfg.scale_steps:
+    if cfg.scale_steps and not (cfg.scale_head or cfg.adapter):
         say(f"scale head: NLL {fit_scale_head(policy, demos, cfg):.2f} per action step")
 
 @errors.record  # so that torchrun's last words are the traceback of the rank that failed
@@ -1128,9 +1325,7 @@ def main(argv=None):
     join(cfg.device)
     torch.manual_seed(cfg.seed)
     tuned = cfg.resume and (out / "sft/model.safetensors").exists()
-    source = out / "sft" if tuned else cfg.checkpoint
-    policy = (OpenVLAOFT.load(source) if source else OpenVLAOFT(Architecture())).to(cfg.device)
-    policy.scale_multiplier = cfg.scale_multiplier
+    policy = OpenVLAOFT.load(cfg, out / "sft" if tuned else "")
     demos = libero_demonstrations(policy, cfg) if cfg.demos else []
     write(out / "config.json", lambda path: path.write_text(json.dumps(asdict(cfg), indent=1)))
     workers = [Worker(cfg, tasks[i % len(tasks)][0]) for i in range(cfg.workers)]
@@ -1145,6 +1340,8 @@ def main(argv=None):
         policy.arch.statistics = gather(policy.arch.statistics)[0]
         for value in policy.state_dict().values() if WORLD > 1 else ():
             distributed.broadcast(value, 0)
+    if cfg.fit_scale_head:
+        return
 
     def context_of(number):  # the stream of training contexts; a finite set in a new order at each pass
         if demos:
@@ -1152,8 +1349,7 @@ def main(argv=None):
             return demos[order[number % len(demos)]].context
         return Context(*tasks[number % len(tasks)], TRAIN_SEEDS * (cfg.seed + 1) + number)
 
-    optimizer = torch.optim.AdamW(policy.trainable("ript").values(), cfg.lr, (cfg.momentum, 0.99),
-                                  weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(policy.trainable("ript"), cfg.lr, (cfg.momentum, 0.999))
     run = load_run(out, policy, optimizer) if cfg.resume else None
     if run is None:
         before = success()

@@ -39,6 +39,12 @@ def small_policy(seed=0, **changes):
     return OpenVLAOFT(dataclasses.replace(Architecture(), **changes))
 
 
+def trained(policy, stage="ript"):
+    """Names and parameters that a stage trains."""
+    policy.trainable(stage)
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
+
+
 def random_observations(n, seed=0):
     rng = np.random.default_rng(seed)
     return [dict(pictures=rng.integers(0, 255, (2, 64, 64, 3), dtype=np.uint8), proprio=rng.standard_normal(8))
@@ -159,19 +165,19 @@ def test_gradient_reaches_what_a_stage_trains_and_the_output_is_the_same_whateve
     observations, texts = random_observations(3), ["lift the red cube", "lift the green cube", "lift it"]
     everything = {"language_model", "action_head", "vision_backbone", "projector", "proprio_projector"}
     decoder = ("language_model.model.layers", "action_head")  # as the 7B: two passes, through the last positions only
-    for stage, trained, expected in (("sft", (), everything), ("ript", ("action_head",), {"action_head"}),
+    for stage, parts, expected in (("sft", (), everything), ("ript", ("action_head",), {"action_head"}),
                                      ("ript", decoder, {"language_model", "action_head"}), ("scale", (), {"scale_head"})):
-        policy = small_policy(trained=trained)
+        policy = small_policy(trained=parts)
         with torch.no_grad():
             reference = policy.predict(observations, texts)
-        parameters = policy.trainable(stage)
+        parameters = trained(policy, stage)
         mean, log_scale = policy.predict(observations, texts)
         assert_close(mean, reference[0], 1e-5)
         assert_close(log_scale, reference[1], 1e-5)
         (log_scale if stage == "scale" else mean).sum().backward()
         reached = {name for name, p in policy.named_parameters() if p.grad is not None}
         assert {name.split(".")[0] for name in reached} == expected and reached <= set(parameters)
-        if trained == decoder:
+        if parts == decoder:
             assert policy.language_model.model.layers[0].self_attn.k_proj.weight.grad.abs().max() > 0
 
 
@@ -220,64 +226,203 @@ def test_actions_survive_the_way_to_head_units_and_back():
     assert policy.to_env_actions(np.array([0, 0, 0, 0, 0, 0, 0.9]))[6] == -1  # the head's 1 is open
 
 
+# ---------------------------------------------------------------------------- the released checkpoints' form
+LORA, SCALE = "tiny_oft/ript_lora", "tiny_oft/scale_header.pth"
+
+
 @pytest.fixture(scope="module")
-def tiny_oft():
-    """OpenVLAOFT at the sizes of the original's tiny checkpoint, filled by name; and the original's outputs."""
-    g, directory = golden("golden_oft"), GOLDEN / "tiny_oft"
-    from safetensors.torch import load_file
-    weights = {}
-    for shard in sorted(directory.glob("model-*.safetensors")):
-        weights |= {name: value.float() for name, value in load_file(shard).items()}
-    text = json.loads((directory / "config.json").read_text())["text_config"]
-    llm = {key: text[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                      "num_attention_heads", "num_key_value_heads") if key in text} | dict(rms_norm_eps=1e-6)
-    towers = (dict(dim=32, depth=4, heads=4, prefix=5, layer_scale=True), dict(dim=48, depth=3, heads=4, mlp_ratio=3.7362))
-    policy = OpenVLAOFT(Architecture(towers=towers, llm=llm))
-    heads = {f"action_head.{name.removeprefix('module.')}": value for name, value in
-             torch.load(next(directory.glob("action_head*")), weights_only=True).items()}
-    heads |= {f"proprio_projector.{name.removeprefix('module.')}": value for name, value in
-              torch.load(next(directory.glob("proprio_projector*")), weights_only=True).items()}
-    scale = torch.load(directory / "scale_header.pth", weights_only=True)
-    heads |= {f"scale_head.trunk.{name}": value for name, value in scale["scale_trunk"].items()}
-    heads |= {f"scale_head.log_b_head.{name}": value for name, value in scale["log_b_head"].items()}
-    own = policy.state_dict()
-    unused = [name for name in weights if name not in own]
-    assert all(any(part in name for part in (".norm.", "attn_pool", "lm_head", "blocks.3.", "blocks.2.")) for name in unused)
-    policy.load_state_dict({name: value for name, value in (weights | heads).items() if name in own})  # strict
-    return policy, g
+def oft():
+    """(prefix, with adapter) -> the original's tiny checkpoint; the original's outputs and its instructions."""
+    g, loaded = golden("golden_oft"), {}
+
+    def policy(prefix="exact", lora=False):
+        if (prefix, lora) not in loaded:
+            source = dict(adapter=GOLDEN / LORA) if lora else dict(scale_head=GOLDEN / SCALE)
+            loaded[prefix, lora] = OpenVLAOFT.from_pretrained(GOLDEN / "tiny_oft", "libero_10", prefix=prefix, **source)
+        return loaded[prefix, lora]
+    return policy, g, json.loads((GOLDEN / "golden_oft.json").read_text())["_instructions"]
 
 
-def test_vision_towers_and_projectors_agree_with_the_original(tiny_oft):
-    policy, g = tiny_oft
+def raw_observation(g, i):
+    raw = {f"robot0_{name}": g[f"raw_{name}"][i].numpy() for name in ("eef_pos", "eef_quat", "gripper_qpos")}
+    return raw | {"agentview_image": g["raw_agentview"][i].numpy(), "robot0_eye_in_hand_image": g["raw_wrist"][i].numpy()}
+
+
+def original_observations(g):
+    """The original's own pictures, read back from SigLIP's normalisation, and proprio."""
+    pictures = (g["pixel_values"].unflatten(1, (2, 2, 3))[:, :, 1] * 0.5 + 0.5).mul(255).round().byte()
+    return [dict(pictures=pictures[i].permute(0, 2, 3, 1).numpy(), proprio=g["state"][i].numpy()) for i in range(3)]
+
+
+def test_pictures_are_tensorflows_within_a_few_values():
+    g = golden("golden_preprocess")
+    for name in ("gradient256", "noise128", "scene256", "scene128"):
+        ours = torch.tensor(ript.openvla_picture(np.ascontiguousarray(g[f"{name}/input"].numpy()[::-1, ::-1])))
+        off = (ours.int() - g[f"{name}/cropped224"].int()).abs()
+        assert off.max() <= 1 and (off > 0).float().mean() < 1e-4  # of 150,528 values; round(x * 255) would be off in a fourth
+    g = golden("golden_oft")
+    policy = OpenVLAOFT.from_pretrained(GOLDEN / "tiny_oft", "libero_10")
+    for i, original in enumerate(original_observations(g)):
+        observation = policy.preprocess(raw_observation(g, i))
+        off = np.abs(observation["pictures"].astype(int) - original["pictures"])
+        assert off.max() <= 1 and (off > 0).mean() < 1e-4
+        assert_close(observation["proprio"], original["proprio"], 1e-6)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_vision_towers_and_projectors_agree_with_the_original(oft, lora):
+    policy, g, _ = oft
+    policy, prefix = policy("exact", lora), "lora" if lora else "base"
     pixels = g["pixel_values"].unflatten(1, (2, 2, 3))  # observation, camera, tower's normalisation, channel
     with torch.no_grad():
         towers = [tower(pixels[:, :, i].flatten(0, 1)) for i, tower in enumerate(policy.vision_backbone.values())]
-        for ours, name in zip(towers, ("base_dino", "base_siglip")):
-            assert_close(ours, g[name].flatten(0, 1), 1e-5)
-        assert_close(policy.projector(torch.cat(towers, -1)).unflatten(0, (3, 2)).flatten(1, 2), g["base_projected"], 1e-5)
+        for ours, name in zip(towers, ("dino", "siglip")):
+            assert_close(ours, g[f"{prefix}_{name}"].flatten(0, 1), 1e-5)
+        projected = policy.projector(torch.cat(towers, -1)).unflatten(0, (3, 2)).flatten(1, 2)
+        assert_close(projected, g[f"{prefix}_projected"], 1e-5)
         assert_close(policy.proprio_projector(g["proprio_norm"]), g["proprio_token"], 1e-5)
 
 
-def test_decoder_and_heads_agree_with_the_original(tiny_oft):
-    policy, g = tiny_oft
-    x = g["base_a_inputs_embeds_obs0"][None]
-    mask = torch.ones(1, 1, x.shape[1], x.shape[1], dtype=torch.bool)
+def test_the_sequence_of_embeddings_is_the_originals(oft):
+    policy, g, texts = oft
     with torch.no_grad():
-        hidden = policy.language_model.model(inputs_embeds=x, attention_mask=mask).last_hidden_state[:, -58:-2]
-        assert_close(hidden, g["base_a_action_hidden"][:1], 1e-5)
-        mean, log_scale = policy._heads(g["base_a_action_hidden"])
-    assert_close(mean, g["base_a_mean"], 1e-5)
-    assert_close(log_scale, g["base_a_logscale"], 1e-5)
+        x, mask, positions = policy()._embed(original_observations(g)[:1], texts[:1])
+    assert_close(x[0], g["base_a_inputs_embeds_obs0"], 1e-5)
+    assert mask.all() and (positions == torch.arange(x.shape[1])).all()
 
 
-def test_preprocess_gives_the_original_proprio():
-    g = golden("golden_oft")
-    for i in range(3):
-        raw = {f"robot0_{name}": g[f"raw_{name}"][i].numpy() for name in ("eef_pos", "eef_quat", "gripper_qpos")}
-        raw |= {"agentview_image": g["raw_agentview"][i].numpy(), "robot0_eye_in_hand_image": g["raw_wrist"][i].numpy()}
-        observation = small_policy().preprocess(raw)
-        assert_close(observation["proprio"], g["state"][i], 1e-6)
-        assert (observation["pictures"][0] == raw["agentview_image"][::-1, ::-1]).all()  # turned by 180 degrees
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("prefix,variant", [("exact", "a"), ("prompt", "b")])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_predictions_and_actions_agree_with_the_original(oft, lora, prefix, variant, gradient):
+    policy, g, texts = oft
+    policy, name = policy(prefix, lora), f"{'lora' if lora else 'base'}_{variant}"
+    with torch.set_grad_enabled(gradient):  # mixed instructions in one batch, of which one is shorter
+        mean, log_scale = policy.predict(original_observations(g), texts)
+        raw_mean, _ = policy.predict([policy.preprocess(raw_observation(g, i)) for i in range(3)], texts)
+    assert mean.shape == (3, 8, 7) and mean.dtype == torch.float32
+    assert_close(mean.detach(), g[f"{name}_mean"], 1e-5)
+    assert_close(log_scale.detach(), g[f"{name}_logscale"], 1e-5)
+    assert_close(raw_mean.detach(), g[f"{name}_mean"], 3e-4)  # of 150,528 pixel values up to 5 differ by 1
+    assert_close(policy.to_env_actions(mean.detach()), g[f"{name}_env_actions"], 1e-5)
+    if variant == "b" and not gradient:
+        assert_close(ript.laplace_log_prob(mean, mean, log_scale), g[f"{name}_logp_at_mean"].sum(-1), 1e-4)
+
+
+def names_of(path):
+    """Our name of an original's parameter."""
+    return path.removeprefix("model.").removeprefix("base_model.model.")
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_gradients_agree_with_the_original_and_reach_the_decoders_adapters_and_the_heads_alone(oft, clip):
+    policy, g, texts = oft
+    names = [names_of(name) for name in np.load(GOLDEN / "golden_oft.npz")["grad_names"]]
+    for prefix in ("prompt", "exact"):
+        model = policy(prefix, True)
+        model.zero_grad()
+        mean, log_scale = model.predict(original_observations(g), texts)
+        log_scale = log_scale.clamp(-2, 0.5) if clip else log_scale
+        ript.laplace_log_prob(g["fixed_action"], mean, log_scale).sum().backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        for name, norm in zip(names, g["grad_norm_clip" if clip else "grad_norm_noclip"].tolist()):
+            assert (name in grads) == (norm >= 0), name
+            if prefix == "prompt" and norm >= 0:
+                assert grads[name].norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-6), name
+        assert grads.keys() <= set(names)
+        if prefix == "prompt" and clip:
+            for key in (key for key in g if key.startswith("grad/")):
+                expected = g[key]
+                assert (grads[names_of(key.removeprefix("grad/"))] - expected).norm() <= 1e-4 * expected.norm() + 1e-6, key
+        model.zero_grad()
+
+
+def test_an_optimiser_step_equals_the_originals_where_its_rule_is_the_intended_one(oft):
+    """Differences on purpose: the gradient's norm is clipped jointly, not for adapters and heads apart; ratios are of
+    whole action steps in float32 (the golden run is float32 too); the last step of an episode is always trained on."""
+    g, names = golden("golden_ppo_step"), [names_of(name) for name in np.load(GOLDEN / "golden_ppo_step.npz")["param_names"]]
+    policy, observations, text = OpenVLAOFT.from_pretrained(
+        GOLDEN / "tiny_oft", "libero_10", GOLDEN / LORA, prefix="prompt"), original_observations(oft[1]), oft[2][0]
+    policy.arch.trained += ("scale_head",)
+    optimizer = torch.optim.AdamW(policy.trainable("ript"), 5e-5)
+    before = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
+    rows = iter(zip(g["obs_index"].tolist(), g["actions_normalized"].numpy(), g["ref_log_prob"].sum(-1).numpy()))
+    episodes = []
+    for length in g["episode_len"].tolist():
+        records = [dict(observation=observations[i], instruction=text, sample=sample, log_prob=log_prob)
+                   for i, sample, log_prob in (next(rows) for _ in range(length))]
+        episodes.append(Episode(Context(0, text, 0), records=records, executed=[8] * length))
+    cfg = config("--model", "openvla-oft", "--suite", "libero_10", "--minibatch", 4, "--max_grad_norm", 1e9)
+    stats = ript.update(policy, optimizer, episodes, g["reward"].float()[None], cfg, run_of())
+    named = dict(policy.named_parameters())
+    lora, heads = ([named[name].grad for name in before if ("lora_" in name) == which] for which in (True, False))
+    norms = [torch.cat([grad.flatten() for grad in part]).norm().item() for part in (lora, heads)]
+    assert norms[0] == pytest.approx(g["mb1_gradient_norm_model_stats"].item(), rel=1e-4)
+    assert norms[1] == pytest.approx(g["mb1_gradient_norm_header_stats"].item(), rel=1e-4)
+    assert stats["loss"] / 10 == pytest.approx(g["mb1_pg_loss_stats"].item(), rel=1e-3)  # the original's mean over 10 chunks
+    assert stats["ratio"] == pytest.approx(g["mb1_pg_ratio_stats"].item(), rel=1e-4)
+    assert stats["grad_norm"] == pytest.approx(math.hypot(*norms), rel=1e-5)
+    for name, value in before.items():  # once more, with the original's clipping
+        named[name].data = value.clone()
+        named[name].grad *= min(1, 1 / norms["lora_" not in name])
+    torch.optim.AdamW(policy.trainable("ript"), 5e-5).step()
+    for name, norm, delta in zip(names, g["mb1_grad_norm_after_clip"].tolist(), g["mb1_delta_norm"].tolist()):
+        assert (name in before) == (norm >= 0), name
+        if name in before:
+            assert named[name].grad.norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-7), name
+            assert (named[name] - before[name]).norm().item() == pytest.approx(delta, rel=2e-3), name
+
+
+def test_the_seven_billion_are_those_of_the_real_checkpoint_and_take_439_adapters():
+    directory = HERE / ".." / "shared" / "openvla-7b-oft-finetuned-libero-10"
+    if not directory.exists():
+        pytest.skip(f"{directory} is not there: the configuration and index of the released checkpoint")
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    with torch.device("meta"):
+        policy = OpenVLAOFT(Architecture.read(directory, "libero_10"))
+        own = {name: value for name, value in policy.state_dict().items()
+               if not name.startswith(("action_head", "scale_head", "proprio_projector"))}
+        assert own.keys() == index["weight_map"].keys()
+        assert sum(value.numel() * 2 for value in own.values()) == index["metadata"]["total_size"]  # bfloat16
+        assert sum(p.numel() for p in policy.action_head.parameters()) == 151_117_831
+        assert sum(p.numel() for p in policy.scale_head.parameters()) == 167_899_143
+        policy.add_lora()
+    adapters = {name: p for name, p in policy.named_parameters() if "lora_" in name}
+    assert len(adapters) == 2 * 439 and sum(p.numel() for p in adapters.values()) == 110_828_288
+    trained = sum(p.numel() for p in policy.trainable("ript")[0]["params"])
+    assert trained == 79_953_920 + 151_117_831  # the decoder's adapters and the action head
+
+
+def test_adapters_are_saved_as_the_authors_save_them(oft, tmp_path):
+    from safetensors.torch import load_file
+    policy, g, texts = oft
+    policy = policy("prompt", True)
+    policy.save(tmp_path)
+    theirs, ours = (load_file(folder / "adapter_model.safetensors") for folder in (GOLDEN / LORA, tmp_path))
+    assert theirs.keys() - ours.keys() == {"base_model.model.language_model.lm_head.base_layer.weight"}  # needed by nobody
+    assert all((theirs[name].float() == ours[name]).all() for name in ours)
+    theirs, ours = (torch.load(folder / "openvla_headers.pt", weights_only=True) for folder in (GOLDEN / LORA, tmp_path))
+    assert {part: list(head) for part, head in theirs.items()} == {part: list(head) for part, head in ours.items()}
+    theirs, ours = (json.loads((folder / "adapter_config.json").read_text()) for folder in (GOLDEN / LORA, tmp_path))
+    assert {name: theirs[name] for name in ours if name != "target_modules"} | dict(target_modules=0) == ours | dict(target_modules=0)
+    assert set(theirs["target_modules"]) == set(ours["target_modules"])
+    again = OpenVLAOFT.from_pretrained(GOLDEN / "tiny_oft", "libero_10", tmp_path, prefix="prompt")
+    header = OpenVLAOFT.from_pretrained(GOLDEN / "tiny_oft", "libero_10", scale_head=tmp_path / "scale_header.pth")
+    with torch.no_grad():
+        for a, b in zip(again.predict(original_observations(g), texts), policy.predict(original_observations(g), texts)):
+            assert (a == b).all()
+    assert all((p == dict(policy.named_parameters())[name]).all() for name, p in header.named_parameters() if "scale_head" in name)
+
+
+def test_the_base_is_bfloat16_where_the_checkpoint_says_so_and_what_trains_is_float32(oft):
+    _, g, texts = oft
+    policy = OpenVLAOFT.from_pretrained(GOLDEN / "tiny_oft", "libero_10", GOLDEN / LORA, dtype=torch.bfloat16)
+    types = {name: p.dtype for name, p in policy.named_parameters()}
+    precise = {name for name in types if "lora_" in name or name.startswith(("action_head", "scale_head"))}
+    assert all((types[name] == torch.float32) == (name in precise) for name in types)
+    with torch.no_grad():
+        mean, _ = policy.predict(original_observations(g), texts)
+    assert mean.dtype == torch.float32 and (mean - g["lora_a_mean"]).abs().mean() < 0.02  # the original's bfloat16: 0.007
 
 
 # ------------------------------------------------------------------------- the simulator, rollouts, supervision
@@ -385,7 +530,7 @@ def collect_with(workers, policy, cfg, run=None):
 
 
 def pretrained():
-    return OpenVLAOFT.load(ript.PRESETS["tiny", "tabletop"]["checkpoint"])
+    return OpenVLAOFT.from_pretrained(ript.PRESETS["tiny", "tabletop"]["checkpoint"])
 
 
 def test_the_kept_set_does_not_depend_on_the_number_of_workers(workers):
@@ -468,12 +613,12 @@ def test_micro_batches_add_up_to_the_loss_of_the_whole_minibatch(per):
             for r in e.records:
                 r["log_prob"] = r["log_prob"] + np.float32(0.05)  # ratios other than one
         cfg = config("--passes", 1, "--minibatch", 6, "--micro_batch", micro_batch, "--loss_per", per)
-        parameters = list(policy.trainable("ript").values())
+        parameters = list(trained(policy).values())
         optimizer = torch.optim.AdamW(parameters, lr=1e-9)
         ript.update(policy, optimizer, episodes, rewards, cfg, run_of())
         gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
     policy = small_policy(trained=("language_model", "action_head"))
-    parameters = list(policy.trainable("ript").values())
+    parameters = list(trained(policy).values())
     rows = [torch.cat(list(policy.log_prob(e.records))) for e in episodes]
     pad = lambda x: torch.nn.functional.pad(x, (0, 24 - len(x)))
     old = torch.stack([pad(torch.tensor(np.concatenate([r["log_prob"] for r in e.records]))) for e in episodes])
@@ -492,7 +637,7 @@ def test_update_starts_at_ratio_one_and_makes_rewarded_actions_likelier():
     episodes, rewards = made_up_episodes(policy)
     before = [policy.log_prob(e.records)[0].sum().item() for e in episodes]
     cfg = config("--passes", 1, "--minibatch", 6)
-    optimizer = torch.optim.AdamW(policy.trainable("ript").values(), lr=1e-5)
+    optimizer = torch.optim.AdamW(policy.trainable("ript"), lr=1e-5)
     scale_head = [p.clone() for p in policy.scale_head.parameters()]
     run = run_of()
     stats = ript.update(policy, optimizer, episodes, rewards, cfg, run)
@@ -513,7 +658,7 @@ def test_actions_and_gradients_that_are_not_finite_stop_the_run():
     policy = small_policy()
     episodes, rewards = made_up_episodes(policy)
     episodes[0].records[0]["log_prob"] = np.full(8, np.nan, np.float32)
-    optimizer = torch.optim.AdamW(policy.trainable("ript").values())
+    optimizer = torch.optim.AdamW(policy.trainable("ript"))
     before = [p.clone() for p in policy.parameters()]
     with pytest.raises(RuntimeError, match="the gradient is not finite in iteration 1"):
         ript.update(policy, optimizer, episodes, rewards, config("--minibatch", 6), run_of())
@@ -529,10 +674,10 @@ def test_sft_learns_and_the_scale_head_is_fitted_alone(workers):
     before = policy.imitation_loss("sft", *batch).item()
     ript.sft(policy, demos, cfg)
     assert policy.imitation_loss("sft", *batch).item() < 0.7 * before
-    frozen, before = {name: p.clone() for name, p in policy.trainable("sft").items()}, policy.imitation_loss("scale", *batch).item()
+    frozen, before = {name: p.clone() for name, p in trained(policy, "sft").items()}, policy.imitation_loss("scale", *batch).item()
     ript.fit_scale_head(policy, demos, cfg)
     assert policy.imitation_loss("scale", *batch).item() < before
-    assert all((p == frozen[name]).all() for name, p in policy.trainable("sft").items())
+    assert all((p == frozen[name]).all() for name, p in trained(policy, "sft").items())
 
 
 # -------------------------------------------------------------------------------------------------- whole runs
@@ -619,6 +764,28 @@ def test_an_iteration_in_libero_with_the_small_policy(tmp_path):
     assert rows[1]["env_steps"] >= 2 * 100 and rows[1]["rollouts"] == 2
     assert "SFT on 1 demonstrations" in done.stdout and "success in 1/" in done.stdout  # the expert's, of few attempts
     assert (tmp_path / "task0.mp4").stat().st_size > 10_000
+
+
+def test_an_iteration_of_openvla_oft_in_libero(tmp_path, monkeypatch):
+    """The released checkpoint's form, tiny and random: so every group is kept, and an episode has 16 steps."""
+    libero_or_skip()
+    golden("golden_oft")
+    monkeypatch.setitem(ript.HORIZON, "libero_10", 16)
+    monkeypatch.setattr(ript, "fate", lambda group: "kept")
+    monkeypatch.setattr(ript, "leave_one_out_advantage", lambda rewards: rewards + torch.tensor([1.0, -1.0]))
+    run = ["--model", "openvla-oft", "--suite", "libero_long", "--task", "2", "--checkpoint", str(GOLDEN / "tiny_oft"),
+           "--eval_contexts", "2", "--workers", "2", "--collision", "true", "--image_size", "128"]
+    ript.main([*run, "--adapter", str(GOLDEN / LORA), "--rollouts", "2", "--groups", "1", "--iterations", "1",
+               "--out", str(tmp_path / "run")])
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert rows[1]["kept"] == 1 and rows[1]["env_steps"] == 32 and rows[1]["updates"] == 1
+    assert rows[1]["grad_norm"] > 0 and rows[1]["ratio_error"] < 1e-3 and rows[1]["scale"] > 0.5
+    start, end = (OpenVLAOFT.from_pretrained(GOLDEN / "tiny_oft", "libero_10", folder).state_dict()
+                  for folder in (GOLDEN / LORA, tmp_path / "run/last"))
+    moved = {name for name in start if (start[name] != end[name]).any()}
+    assert moved and all("language_model.model.layers" in name and "lora_" in name or "action_head" in name for name in moved)
+    ript.main([*run, "--eval", "--adapter", str(tmp_path / "run/last"), "--out", str(tmp_path / "eval")])
+    assert (tmp_path / "eval/evaluation.csv").read_text().count("\n") == 3 and (tmp_path / "eval/task2.mp4").exists()
 
 
 @pytest.mark.parametrize("suite,task", [("libero_goal", 1), ("libero_10", 2)])
