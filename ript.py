@@ -44,6 +44,7 @@ from collections import Counter, OrderedDict, deque
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -82,15 +83,13 @@ def option(default, text):
 @dataclass
 class Config:
     """Every setting. A preset of (model, suite) overrides these defaults, the command line overrides both."""
-    model: Literal["tiny", "openvla-oft"] = option("tiny", "the policy; tiny is an OpenVLA-OFT of laptop size")
+    model: Literal["tiny", "openvla-oft"] = option("tiny", "tiny is openvla-oft at the size of a laptop")
     suite: Literal[(*HORIZON, "libero_long")] = option("tabletop", "the tasks; libero_long is libero_10")
     task: int = option(-1, "only this task of the suite; -1: all of them")
-    checkpoint: str = option("", "directory or hub id of the policy to start from; none: the suite's release, or "
-                             "random weights for tiny")
-    adapter: str = option("", "directory of LoRA weights and heads to start from, as the authors and runs save it")
-    scale_head: str = option("", "scale_header.pth to explore with; none: the adapter's, or fitted to --demos")
-    prefix: Literal["exact", "prompt"] = option("exact", "OpenVLA-OFT's own forward pass, or that of the released "
-                                                "adapters, whose prompt does not see the action positions")
+    checkpoint: str = option("", "directory or hub id of the policy to start from; none: random weights")
+    adapter: str = option("", "directory of LoRA weights and heads to start from (openvla-oft)")
+    scale_head: str = option("", "scale_header.pth to start from (openvla-oft)")
+    prefix: Literal["exact", "prompt"] = option("exact", "OpenVLA-OFT's forward pass, or RIPT's release's")
     out: str = option("runs/latest", "directory for configuration, metrics, curve, videos and checkpoints")
     resume: str = option("", "directory of a run to continue after its last complete iteration")
     eval: bool = option(False, "evaluate --checkpoint and stop")
@@ -133,8 +132,9 @@ PRESETS["tiny", "tabletop_pretrain"] |= dict(demos_per_task=150, scale_steps=0, 
 PRESETS["tiny", "tabletop"] |= dict(
     checkpoint=str(Path(__file__).parent / "assets/tabletop"), demos_per_task=1, sft_steps=5, sft_lr=6e-6,
     iterations=6, groups=16, max_rejected=12, eval_every=2)
-PRESETS |= {("openvla-oft", suite): dict(act_batch=8, micro_batch=4, scale_multiplier=5.0, out=f"runs/oft_{suite}")
-            for suite in LIBERO}
+PRESETS |= {("openvla-oft", suite): dict(
+    checkpoint=f"moojink/openvla-7b-oft-finetuned-{suite.replace('_', '-')}", out=f"runs/openvla-oft-{suite}",
+    scale_multiplier=5.0, act_batch=8, micro_batch=4) for suite in LIBERO[:4]}  # LIBERO-90 was not released
 PRESETS["openvla-oft", "libero_spatial"] |= dict(scale_multiplier=2.0)
 PRESETS["openvla-oft", "libero_goal"] |= dict(lr=1e-5)
 
@@ -150,7 +150,8 @@ def parse_config(argv) -> Config:
     parser.error = lambda message: fail(f"{message} (python ript.py --help lists the settings)")
     given = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
     if (preset := PRESETS.get((given.model, given.suite.replace("long", "10")))) is None:
-        fail(f"--model {given.model} is for the suites {', '.join(s for model, s in PRESETS if model == given.model)}")
+        suites = [suite for model, suite in PRESETS if model == given.model]
+        fail(f"--model {given.model} is for the suites {', '.join(suites)}")
     parser.set_defaults(**preset)
     if given.resume:
         try:
@@ -293,8 +294,9 @@ class Tower(nn.Module):
         self.blocks = nn.Sequential(*(Block(D, num_heads, mlp_ratio, layer_scale) for _ in range(depth)))
         self.norm = nn.LayerNorm(D, eps=1e-6)
         if pool:
-            self.attn_pool = nn.ModuleDict(dict(q=nn.Linear(D, D), kv=nn.Linear(D, 2 * D), norm=nn.LayerNorm(D),
-                                                proj=nn.Linear(D, D), mlp=mlp(D, int(D * mlp_ratio), D)))
+            self.attn_pool = nn.ModuleDict(dict(
+                q=nn.Linear(D, D), kv=nn.Linear(D, 2 * D), proj=nn.Linear(D, D), norm=nn.LayerNorm(D),
+                mlp=mlp(D, int(D * mlp_ratio), D)))
             self.attn_pool.latent = nn.Parameter(torch.zeros(1, 1, D))
 
     def forward(self, pictures):
@@ -383,21 +385,15 @@ class Architecture:
         statistics = content("dataset_statistics.json")
         name = suite if suite in statistics else f"{suite}_no_noops"
         if name not in statistics:
-            raise ValueError(f"dataset_statistics.json has {', '.join(statistics)}, not {suite or 'no suite'}")
-        return cls(towers, config["text_config"], "In: What action should the robot take to {}?\nOut:", pixels, True,
-                   config["torch_dtype"], ("language_model.model.layers", "action_head"),
-                   scale_range=((math.exp(-2),) * 7, (math.exp(0.5),) * 7), statistics=statistics[name])
+            raise ValueError(f"its dataset_statistics.json is for {', '.join(statistics)}, not {suite!r}")
+        prompt = "In: What action should the robot take to {}?\nOut:"
+        return cls(towers, config["text_config"], prompt, pixels, True, config["torch_dtype"],
+                   ("language_model.model.layers", "action_head"),
+                   ((math.exp(-2),) * 7, (math.exp(0.5),) * 7), statistics=statistics[name])
 
-def laplace_scale_head(D, A):
-    """A new head for log b, of the action head's architecture: (B, H, A D) -> (B, H, A), near -3 at first."""
-    head = nn.ModuleDict(dict(trunk=MLPResNet(A * D, D, D), log_b_head=nn.Linear(D, A)))
-    nn.init.xavier_uniform_(head["log_b_head"].weight, gain=0.01)
-    nn.init.constant_(head["log_b_head"].bias, -3.0)
-    return head
-
-def unpickle(path):
-    """What torch.save wrote, if it is tensors and their names: the file's own code does not run."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+def adapts(name) -> bool:
+    """Whether a parameter is an adapter's or a head's: in float32, and all that a run with adapters saves."""
+    return "lora_" in name or name.startswith(("action_head", "scale_head"))
 
 class OpenVLAOFT(nn.Module):
     """OpenVLA-OFT with a Laplace scale head: two vision towers, Llama attending both ways, an L1 head.
@@ -427,7 +423,11 @@ class OpenVLAOFT(nn.Module):
         self.projector, self.proprio_projector = mlp(wide, 4 * wide, D, D), mlp(8, D, D)
         self.language_model = LlamaForCausalLM(llama)
         self.action_head = nn.ModuleDict(dict(model=MLPResNet(self.A * D, D, self.A)))
-        self.scale_head = laplace_scale_head(D, self.A)
+        with torch.device("cpu"):  # even if the rest has no memory yet: a checkpoint may lack this head
+            trunk, log_b_head = MLPResNet(self.A * D, D, D), nn.Linear(D, self.A)
+        nn.init.xavier_uniform_(log_b_head.weight, gain=0.01)
+        nn.init.constant_(log_b_head.bias, -3.0)
+        self.scale_head = nn.ModuleDict(dict(trunk=trunk, log_b_head=log_b_head))
         self.arch, self.tokenizer, self.prefix = arch, tokenizer or ByT5Tokenizer(), prefix
         self.chunk, self.lora, self.scale_multiplier = arch.chunk, None, 1.0
         self.eval()  # for good: old and new log-probabilities must come from one function
@@ -444,10 +444,8 @@ class OpenVLAOFT(nn.Module):
             if not (adapter or cfg.scale_head or cfg.demos or cfg.eval):
                 fail("openvla-oft explores with a scale head: --scale_head FILE or --adapter DIR has one, "
                      "--demos DIR fits one to LIBERO's demonstrations")
-            if not cfg.checkpoint and cfg.suite not in LIBERO[:4]:
-                fail(f"OpenVLA-OFT was not released for {cfg.suite}: --checkpoint names a directory")
-            source = cfg.checkpoint or f"moojink/openvla-7b-oft-finetuned-{cfg.suite.replace('_', '-')}"
-            policy = cls.from_pretrained(source, cfg.suite, adapter, cfg.scale_head, cfg.prefix, cfg.device)
+            policy = cls.from_pretrained(cfg.checkpoint, cfg.suite, adapter, cfg.scale_head, cfg.prefix,
+                                         cfg.device)
             if not (adapter or cfg.eval):
                 policy.add_lora()
         policy.scale_multiplier = cfg.scale_multiplier
@@ -460,35 +458,45 @@ class OpenVLAOFT(nn.Module):
 
         suite picks the statistics of actions and proprio; adapter is a directory of LoRA weights and heads,
         scale_head a scale_header.pth. Weights go to the device file by file, in dtype (None: config.json's),
-        the heads in float32. Every tensor must be known, every parameter given, and nothing that was downloaded
-        is executed. What cannot be read ends the program with one sentence.
+        the heads in float32. Every tensor must be known, every parameter given, and nothing that was
+        downloaded is executed. What cannot be read ends the program with one sentence.
         """
+        unpickle = partial(torch.load, map_location="cpu", weights_only=True)
         at = path  # what is being read
         try:
             if not Path(path).is_dir():
                 path = snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*_checkpoint.pt"],
                                          ignore_patterns="lora_adapter/*")
-            path = Path(path)
-            arch, words, tokenizer = Architecture.read(path, suite), path / "tokenizer.json", None
-            if words.exists():
-                tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(words), pad_token="<PAD>")
-            with torch.device("meta"):  # no memory for what is read
+            path, tokenizer = Path(path), None
+            arch, vocabulary = Architecture.read(path, suite), path / "tokenizer.json"
+            if vocabulary.exists():
+                tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(vocabulary), pad_token="<PAD>")
+            with torch.device("meta"):  # shapes without memory
                 policy = cls(arch, tokenizer, prefix)
             dtype, llama = dtype or getattr(torch, arch.dtype), policy.language_model.model
-            llama.rotary_emb = type(llama.rotary_emb)(llama.config)  # is computed
-            policy.scale_head = laplace_scale_head(llama.config.hidden_size, cls.A)
+            llama.rotary_emb = type(llama.rotary_emb)(llama.config)  # is in no file
             for at in sorted(path.glob("model*.safetensors")):
                 policy._fill(load_file(at, str(device)), dtype)
             for at in sorted(path.glob("*--*_checkpoint.pt")):
                 policy._fill(unpickle(at), dtype, at.name.split("--")[0] + ".")
+            at = path
             if absent := [name for name, p in policy.named_parameters() if p.is_meta]:
-                at = path
                 raise ValueError(f"{len(absent)} tensors are missing, {absent[0]} among them")
             if scale_head and (at := scale_head):
-                for part, name in (("scale_trunk", "trunk"), ("log_b_head", "log_b_head")):
-                    policy._fill(unpickle(at)[part], dtype, f"scale_head.{name}.")
+                header = unpickle(at)
+                policy._fill(header["scale_trunk"], dtype, "scale_head.trunk.")
+                policy._fill(header["log_b_head"], dtype, "scale_head.log_b_head.")
             if adapter and (at := adapter):
-                policy.add_lora(Path(adapter))
+                folder = Path(adapter)
+                policy.add_lora(json.loads((folder / "adapter_config.json").read_text()))
+                rename = lambda name: name.removeprefix("base_model.model.").replace(".weight", ".default.weight")
+                lora = {rename(name): p for name, p in load_file(folder / "adapter_model.safetensors").items()
+                        if "lora_" in name}  # the authors' files also have a copy of lm_head
+                policy._fill(lora, dtype)
+                if absent := [name for name in policy.state_dict() if "lora_" in name and name not in lora]:
+                    raise ValueError(f"{len(absent)} tensors are missing, {absent[0]} among them")
+                for part, head in unpickle(folder / "openvla_headers.pt").items():
+                    policy._fill(head, dtype, part.replace("header", "head") + ".")
             policy.to(device)
         except Exception as error:  # whatever json, safetensors, torch, PEFT and the hub say
             fail(f"cannot read a policy from {at}: {error or type(error).__name__}")
@@ -497,38 +505,21 @@ class OpenVLAOFT(nn.Module):
         return policy
 
     def _fill(self, weights, dtype, part=""):
-        """Make tensors the parameters of these names: in dtype, the heads' and adapters' in float32."""
+        """Make tensors the parameters of part + their names, in dtype, what adapts in float32."""
         named = {}
         for name, value in weights.items():
             name = part + name.removeprefix("module.")  # which DistributedDataParallel puts before it
-            precise = name.startswith(("action_head", "scale_head")) or "lora_" in name
-            named[name] = value.to(torch.float32 if precise else dtype)
+            named[name] = value.to(torch.float32 if adapts(name) else dtype)
         if unknown := self.load_state_dict(named, strict=False, assign=True).unexpected_keys:
             raise ValueError(f"{len(unknown)} tensors do not belong to the model, {unknown[0]} among them")
 
-    def add_lora(self, directory=None):
-        """Add adapters to every linear layer but the heads': new ones, or a directory's, with its heads.
-
-        The directory's form is the authors': adapter_config.json, adapter_model.safetensors (which also holds a
-        copy of lm_head that nobody needs) and openvla_headers.pt.
-        """
-        own = lambda: {name for name, _ in self.named_parameters() if "lora_" in name}
-        self.lora = dict(self.LORA)
-        if directory:
-            given = json.loads((directory / "adapter_config.json").read_text())
-            self.lora = {name: given[name] for name in self.LORA}
+    def add_lora(self, settings=LORA):
+        """Add adapters (PEFT), in float32, to every linear layer but the heads'."""
+        self.lora = {name: settings[name] for name in self.LORA}
         inject_adapter_in_model(LoraConfig(
             **self.lora, exclude_modules=r"(action_head|scale_head|proprio_projector)\..*"), self)
         for name, p in self.named_parameters():
             p.data = p.data.float() if "lora_" in name else p.data
-        if directory:
-            weights = {name.removeprefix("base_model.model.").replace(".weight", ".default.weight"): value
-                       for name, value in load_file(directory / "adapter_model.safetensors").items() if "lora_" in name}
-            if weights.keys() != own():
-                raise ValueError("its adapters are not those of this model's layers")
-            self._fill(weights, None)
-            for part, head in unpickle(directory / "openvla_headers.pt").items():
-                self._fill(head, None, part.replace("header", "head") + ".")
 
     # -- observations and actions
     def preprocess(self, raw):
@@ -537,7 +528,7 @@ class OpenVLAOFT(nn.Module):
         sine = math.sqrt(1 - w * w)  # of half the angle
         axis_angle = np.array([x, y, z]) * (2 * math.acos(w) / sine if sine > 1e-8 else 0)
         proprio = np.concatenate([raw["robot0_eef_pos"], axis_angle, raw["robot0_gripper_qpos"]])
-        pictures = [raw[camera][::-1, ::-1] for camera in self.CAMERAS]  # as OpenGL draws: turned by 180 degrees
+        pictures = [raw[camera][::-1, ::-1] for camera in self.CAMERAS]  # turned by 180 degrees
         if self.arch.openvla_pictures:
             pictures = [openvla_picture(picture) for picture in pictures]
         return dict(pictures=np.stack(pictures), proprio=proprio)
@@ -565,12 +556,13 @@ class OpenVLAOFT(nn.Module):
         """-> the sequence's embeddings (B, S, D), its mask (B, 1, S, S) and its position ids (B, S)."""
         words, zeros = self.language_model.model.embed_tokens, self.A * self.chunk
         to = lambda value: torch.as_tensor(value, dtype=torch.float32, device=words.weight.device)
-        pictures = to(np.stack([o["pictures"] for o in observations])).permute(0, 1, 4, 2, 3) / 255  # B V 3 h w
+        pictures = to(np.stack([o["pictures"] for o in observations])).permute(0, 1, 4, 2, 3) / 255
         seen = []
         for tower, norm in zip(self.vision_backbone.values(), self.arch.pixels):
             mean, std = (to(norm[name])[:, None, None] for name in ("mean", "std"))
-            seen.append(tower(((pictures - mean) / std).flatten(0, 1).to(words.weight)))  # BV P D of the tower
-        patches = self.projector(torch.cat(seen, -1)).unflatten(0, pictures.shape[:2]).flatten(1, 2)  # B VP D
+            seen.append(tower(((pictures - mean) / std).flatten(0, 1).to(words.weight)))  # BV P width
+        patches = self.projector(torch.cat(seen, -1)).unflatten(0, pictures.shape[:2])  # B V P D
+        patches = patches.flatten(1, 2)
         low, width = self._bounds("proprio")
         proprio = to(np.stack([np.clip(2 * (o["proprio"] - low) / width - 1, -1, 1) for o in observations]))
         proprio = self.proprio_projector(proprio.to(words.weight))[:, None]  # B 1 D
@@ -610,14 +602,12 @@ class OpenVLAOFT(nn.Module):
                            position_ids=positions[:, -last:], past_key_values=cache).last_hidden_state
         return hidden[:, -last:-2]
 
-    def _heads(self, hidden):
-        rows = hidden.float().unflatten(1, (self.chunk, self.A)).flatten(2)  # B H AD
-        log_scale = self.scale_head["log_b_head"](self.scale_head["trunk"](rows))
-        return self.action_head["model"](rows), log_scale
-
     def predict(self, observations, instructions):
         """-> mean and log_scale, (B, H, A) each, normalised, float32."""
-        return self._heads(self._hidden(observations, instructions))
+        hidden = self._hidden(observations, instructions).float()
+        rows = hidden.unflatten(1, (self.chunk, self.A)).flatten(2)  # B H AD
+        log_scale = self.scale_head["log_b_head"](self.scale_head["trunk"](rows))
+        return self.action_head["model"](rows), log_scale
 
     def _density(self, observations, instructions):
         """The mean and the log of the scale b that actions are both drawn from and scored with."""
@@ -664,26 +654,25 @@ class OpenVLAOFT(nn.Module):
         parts = dict(sft=[name for name, _ in self.named_children() if name != "scale_head"],
                      scale=["scale_head"], ript=self.arch.trained)[stage]
         for name, p in self.named_parameters():
-            free = not self.lora or "lora_" in name or name.startswith(("action_head", "scale_head"))
-            p.requires_grad_(free and name.startswith(tuple(parts)))
+            p.requires_grad_(name.startswith(tuple(parts)) and (adapts(name) or not self.lora))
         return [dict(params=[p for p in self.parameters() if p.requires_grad], weight_decay=1e-4)]
 
     def save(self, directory):
-        """Write model.safetensors and config.json or, with adapters, these and the heads in the authors' form."""
+        """Write config.json and model.safetensors or, with adapters, the authors' files."""
         weights = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()
-                   if not self.lora or "lora_" in name or name.startswith(("action_head", "scale_head"))}
-        part = lambda prefix: {name.removeprefix(prefix): p for name, p in weights.items() if name.startswith(prefix)}
-        texts = {"config.json": asdict(self.arch)}
+                   if adapts(name) or not self.lora}
+        kind, settings = "", asdict(self.arch)
         if self.lora:
+            part = lambda of: {name.removeprefix(of): p for name, p in weights.items() if name.startswith(of)}
             heads = dict(action_header=part("action_head."), scale_header=part("scale_head."))
-            write(directory / "openvla_headers.pt", lambda path: torch.save(heads, path))
             scale = dict(scale_trunk=part("scale_head.trunk."), log_b_head=part("scale_head.log_b_head."))
+            write(directory / "openvla_headers.pt", lambda path: torch.save(heads, path))
             write(directory / "scale_header.pth", lambda path: torch.save(scale, path))
+            kind, settings = "adapter_", dict(self.lora, peft_type="LORA")
             weights = {"base_model.model." + name.replace(".default", ""): p
                        for name, p in weights.items() if "lora_" in name}
-        name, settings = ("adapter_model", dict(self.lora, peft_type="LORA")) if self.lora else ("model", asdict(self.arch))
-        write(directory / f"{name}.safetensors", lambda path: save_file(weights, path))
-        write(directory / f"{'adapter_' * bool(self.lora)}config.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
+        write(directory / f"{kind}config.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
+        write(directory / f"{kind}model.safetensors", lambda path: save_file(weights, path))
 
 # ------------------------------------------------------------------------------------------ 5. Simulator
 @dataclass
@@ -1119,7 +1108,7 @@ def update(policy, optimizer, episodes, rewards, cfg, run):
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     rng = np.random.default_rng([cfg.seed, run["iteration"]])
     batches, width = math.ceil(len(episodes) / cfg.minibatch), policy.TOKENS or policy.chunk
-    # What counts of a query: the steps that were executed, or all tokens, since each token decides every step.
+    # What counts of a query: the steps that were executed, or all tokens, since a token decides all steps.
     counted = [[policy.TOKENS or ran for ran in episode.executed] for episode in episodes]
     for _ in range(cfg.passes):
         for minibatch in np.array_split(rng.permutation(len(episodes)), batches):

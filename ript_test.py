@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -903,7 +904,7 @@ def test_a_dead_rank_ends_the_job_within_a_minute_and_is_named(tmp_path):
 MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared below
     ("--rollout 8", "unrecognized arguments: --rollout"),
     ("--suite libero", "'libero_spatial', 'libero_object'"),
-    ("--model gpt", "'tiny'"),
+    ("--model gpt", "'openvla-oft'"),
     ("--lr fast", "--lr"),
     ("--rollouts 1", "--rollouts must be at least 2"),
     ("--groups 0", "--groups must be at least 1"),
@@ -922,10 +923,10 @@ MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared bel
     ("--device tpu9", "--device tpu9 cannot be used"),
     ("--demos {tmp}/wrong", "--demos is for the suites of LIBERO"),
     ("--eval --suite libero_goal", "--eval needs --checkpoint"),
-    ("--checkpoint {tmp}/none", "cannot load a policy from {tmp}/none"),
-    ("--checkpoint {tmp}/corrupt", "cannot load a policy from {tmp}/corrupt"),
-    ("--checkpoint {tmp}/other", "cannot load a policy from {tmp}/other"),
-    ("--checkpoint {tmp}/file", "cannot load a policy from {tmp}/file"),
+    ("--checkpoint {tmp}/none", "cannot read a policy from {tmp}/none"),
+    ("--checkpoint {tmp}/corrupt", "cannot read a policy from {tmp}/corrupt"),
+    ("--checkpoint {tmp}/other", "cannot read a policy from {tmp}/other"),
+    ("--checkpoint {tmp}/file", "cannot read a policy from {tmp}/file"),
     ("--resume {tmp}/none", "cannot resume {tmp}/none"),
     ("--resume {tmp}/unknown", "cannot resume {tmp}/unknown"),
     ("--resume {tmp}/list", "cannot resume {tmp}/list"),
@@ -955,6 +956,58 @@ def tmp(tmp_path_factory):
         write_demonstration(tmp / folder / name, actions=np.zeros((12, 6)))
     (tmp / "broken" / name).write_bytes((tmp / "wrong" / name).read_bytes()[:2000])
     return tmp
+
+
+OFT = "--model openvla-oft --suite libero_10 --task 2 --checkpoint {tmp}/oft "
+MISTAKES_OF_CHECKPOINTS = [  # of the released form; {tmp} is prepared below
+    ("--model openvla-oft --suite libero_90", "libero_spatial, libero_object, libero_goal, libero_10"),
+    ("--model openvla-oft --suite libero_10", "explores with a scale head"),
+    ("--model openvla-oft --suite libero_10 --eval --checkpoint nobody/nothing", "cannot read a policy from nobody/nothing"),
+    (OFT + "--eval --suite libero_goal", "is for libero_10_no_noops, not 'libero_goal'"),
+    (OFT + "--scale_head {tmp}/oft/action_head--1000_checkpoint.pt", "cannot read a policy from {tmp}/oft/action_head--1000"),
+    (OFT + "--scale_head {tmp}/none.pth", "cannot read a policy from {tmp}/none.pth"),
+    (OFT + "--adapter {tmp}/none", "cannot read a policy from {tmp}/none"),
+    (OFT + "--adapter {tmp}/rank", "cannot read a policy from {tmp}/rank: Error(s) in loading state_dict"),
+    (OFT + "--adapter {tmp}/fewer", "cannot read a policy from {tmp}/fewer: 2 tensors are missing"),
+    (OFT + "--adapter {tmp}/base", "do not belong to the model"),
+    (OFT + "--adapter {tmp}/cut", "cannot read a policy from {tmp}/cut"),
+    (OFT + "--adapter {tmp}/headless", "cannot read a policy from {tmp}/headless"),
+    ("--model openvla-oft --suite libero_10 --eval --checkpoint {tmp}/half", "model-00002-of-00003.safetensors"),
+    ("--model openvla-oft --suite libero_10 --eval --checkpoint {tmp}/less", "tensors are missing"),
+    ("--model openvla-oft --suite libero_10 --eval --checkpoint {tmp}/pickle", "{tmp}/pickle/action_head--1000_checkpoint.pt"),
+]
+
+
+@pytest.fixture(scope="module")
+def broken_checkpoints(tmp_path_factory):
+    golden("golden_oft")
+    from safetensors.torch import load_file, save_file
+    tmp = tmp_path_factory.mktemp("checkpoints")
+    for name in ("oft", "half", "less", "pickle"):
+        shutil.copytree(GOLDEN / "tiny_oft", tmp / name, copy_function=shutil.copyfile)
+    for name in ("rank", "fewer", "base", "cut", "headless"):
+        shutil.copytree(GOLDEN / LORA, tmp / name, copy_function=shutil.copyfile)
+    for folder in tmp.iterdir():
+        folder.chmod(0o755)
+    shard = tmp / "half/model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    (tmp / "less/model-00003-of-00003.safetensors").unlink()
+    torch.save({"weight": Path("a class that is not a tensor")}, tmp / "pickle/action_head--1000_checkpoint.pt")
+    settings = json.loads((tmp / "rank/adapter_config.json").read_text())
+    (tmp / "rank/adapter_config.json").write_text(json.dumps(settings | dict(r=16)))
+    weights = load_file(tmp / "fewer/adapter_model.safetensors")
+    one = next(name for name in weights if "lora_A" in name)
+    fewer = {name: p for name, p in weights.items() if name not in (one, one.replace("lora_A", "lora_B"))}
+    save_file(fewer, tmp / "fewer/adapter_model.safetensors")
+    save_file({name.replace("layers.1", "layers.7"): p for name, p in weights.items()}, tmp / "base/adapter_model.safetensors")
+    (tmp / "cut/adapter_model.safetensors").write_bytes((tmp / "cut/adapter_model.safetensors").read_bytes()[:5000])
+    (tmp / "headless/openvla_headers.pt").unlink()
+    return tmp
+
+
+@pytest.mark.parametrize("arguments,sentence", MISTAKES_OF_CHECKPOINTS)
+def test_a_checkpoint_that_does_not_fit_gets_one_sentence(broken_checkpoints, capsys, arguments, sentence):
+    test_a_mistake_gets_one_sentence_and_status_2(broken_checkpoints, capsys, arguments + " --out {tmp}/out", sentence)
 
 
 @pytest.mark.parametrize("arguments,sentence", MISTAKES)
