@@ -38,6 +38,7 @@ import resource
 import signal
 import time
 import traceback
+import zipfile
 from collections import Counter, OrderedDict, deque
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
@@ -205,7 +206,7 @@ def join(device):
         os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", seen.split(",")[local] if seen else str(local))
     if WORLD > 1:
         STORE = next(distributed.rendezvous("env://"))[0]
-        distributed.init_process_group(  # a rank may be far behind the others; if it dies, torchrun ends the job
+        distributed.init_process_group(  # a rank may be far behind; where one dies, torchrun ends the job
             "nccl" if device.startswith("cuda") else "gloo", store=STORE, rank=RANK, world_size=WORLD,
             timeout=timedelta(hours=12))
 
@@ -1078,6 +1079,7 @@ def save_run(out, policy, optimizer, run, stats):
 def load_run(out, policy, optimizer):
     """What save_run wrote: fills policy and optimizer, -> the run."""
     with or_fail(f"cannot resume from {out / 'run.pt'}"):
+        assert not zipfile.ZipFile(out / "run.pt").testzip(), "a checksum is wrong"  # torch does not look
         run = torch.load(out / "run.pt", map_location="cpu", weights_only=True)
         policy.load_state_dict(run.pop("policy"), strict=False)
         optimizer.load_state_dict(run.pop("optimizer"))
