@@ -130,7 +130,7 @@ def fail(message):
 
 @contextmanager
 def or_fail(what):
-    """Where an error inside is for the user to mend: what cannot be done, and the error's own words."""
+    """Any error inside is the user's to mend: one sentence of what cannot be done and the error's own words."""
     try:
         yield
     except Exception as error:  # each library has its own for a damaged file or a full disk
@@ -1009,17 +1009,16 @@ def table(contexts, results) -> str:
     if len(results) == 2:
         pairs = Counter(zip(*results.values()))
         gained, lost = pairs[False, True], pairs[True, False]
-        p = binomtest(gained, gained + lost).pvalue if gained + lost else 1
+        p = binomtest(gained, max(gained + lost, 1)).pvalue
         lines.append(f"paired: {gained} contexts gained, {lost} lost, exact McNemar p = {p:.2g}")
     return "\n".join(lines)
 
 def report(out, contexts, results, policy, workers, cfg):
     """Print the table; write evaluation.csv, every context's outcome, and a video per task."""
     say(table(contexts, results))
-    rows = [dict(task=c.task, instruction=c.instruction, context=c.seed) for c in contexts]
-    for name, column in results.items():
-        rows = [row | {name: int(won)} for row, won in zip(rows, column)]
-    write_csv(out / "evaluation.csv", rows)
+    write_csv(out / "evaluation.csv", [
+        dict(task=c.task, instruction=c.instruction, context=c.seed) | dict(zip(results, map(int, won)))
+        for c, *won in zip(contexts, *results.values())])
     firsts = {context.task: context for context in reversed(contexts)}
     for episode in evaluate(policy, workers, list(firsts.values()), cfg, film=True):
         video = out / f"task{episode.context.task}.mp4"
@@ -1100,14 +1099,12 @@ def check(cfg):
     assert not cfg.demos or cfg.suite in LIBERO, f"{cfg.suite} makes its own demonstrations, without --demos"
     assert not cfg.eval or cfg.checkpoint, "--eval needs --checkpoint DIR, the directory of a saved policy"
     assert mujoco.__version__ == MUJOCO, f"MuJoCo {mujoco.__version__} differs: pip install mujoco=={MUJOCO}"
-    with or_fail(f"--device {cfg.device} cannot be used"):
-        torch.empty(0, device=cfg.device)
+    torch.empty(0, device=cfg.device)  # torch says which devices there are
     with or_fail("no headless OpenGL (on Debian, apt-get install libegl1 libgl1-mesa-dri)"):
         mujoco.GLContext(16, 16).free()
     if cfg.suite in LIBERO:
         from libero.libero import get_libero_path
-        meshes = Path(get_libero_path("assets")).is_dir()
-        assert meshes, "LIBERO's meshes are missing: run libero-download-assets (about 400 MB, once)"
+        assert Path(get_libero_path("assets")).is_dir(), "no meshes of LIBERO: run libero-download-assets"
 
 def supervise(policy, workers, demos, cfg):
     """Stage 2 on LIBERO's demonstrations or the scripted expert's: SFT, then the scale head."""

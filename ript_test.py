@@ -599,6 +599,24 @@ def test_a_killed_run_is_resumed_to_the_same_bits_and_leaves_no_process(finished
     assert not list(tmp_path.rglob("*.tmp*"))
 
 
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run/run.pt").unlink()
+    done = launch("--resume", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert rows_without_seconds(tmp_path / "run") == rows_without_seconds(finished[0])
+
+
+def test_the_table_has_wilson_intervals_per_task_and_the_exact_test_of_pairs():
+    contexts = [Context(task, TASKS[task], seed) for task in (0, 1) for seed in range(10)]
+    before, after = [True] + [False] * 19, [False] + [True] * 7 + [False] * 12
+    lines = ript.table(contexts, dict(SFT=before, RIPT=after)).splitlines()
+    assert lines[1].split() == "lift the red cube 1/10 10% [2%, 40%] 7/10 70% [40%, 89%]".split()
+    assert lines[3].split()[:4] == "all tasks 1/20 5%".split()
+    assert lines[4] == "paired: 7 contexts gained, 1 lost, exact McNemar p = 0.07"  # 2 (1 + 8) / 2^8
+    assert "p = 1" in ript.table(contexts, dict(SFT=before, RIPT=before)) and "paired" not in ript.table(contexts, dict(SFT=before))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_and_its_simulators_without_a_traceback(tmp_path, number):
     trainer = subprocess.Popen([sys.executable, HERE / "ript.py", *map(str, QUICK), "--out", tmp_path],
@@ -785,7 +803,7 @@ MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared bel
     ("--scale_multiplier -2", "--scale_multiplier must be a number above 0"),
     ("--momentum 1", "--momentum must be below 1"),
     ("--collision maybe", "--collision"),
-    ("--device tpu9", "--device tpu9 cannot be used"),
+    ("--device tpu9", "cannot start: Invalid device string: 'tpu9'"),
     ("--demos {tmp}/wrong", "tabletop makes its own demonstrations"),
     ("--eval --suite libero_goal", "--eval needs --checkpoint"),
     ("--checkpoint {tmp}/none", "cannot load a policy from {tmp}/none"),
