@@ -130,7 +130,7 @@ def fail(message):
 
 @contextmanager
 def or_fail(what):
-    """Any error inside is the user's to mend: one sentence of what cannot be done and the error's own words."""
+    """Any error inside is for the user to mend: what cannot be done, and the error's own words."""
     try:
         yield
     except Exception as error:  # each library has its own for a damaged file or a full disk
@@ -1022,7 +1022,7 @@ def report(out, contexts, results, policy, workers, cfg):
     firsts = {context.task: context for context in reversed(contexts)}
     for episode in evaluate(policy, workers, list(firsts.values()), cfg, film=True):
         video = out / f"task{episode.context.task}.mp4"
-        write(video, lambda path: imageio.mimwrite(path, episode.frames, fps=20, ffmpeg_log_level="quiet"))
+        write(video, lambda path: imageio.mimwrite(path, episode.frames, fps=20))
 
 # --------------------------------------------------------------------------------------- 10. Bookkeeping
 def write(path, writer):
