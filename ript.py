@@ -13,8 +13,7 @@ lets it act in a simulator: a rollout succeeds or it does not, and the policy le
 
 Departures. From the paper: contexts are drawn from the task itself, unless --demos gives demonstrations.
 From the released code: an action is scored with the density it was drawn from, in float32; steps of a chunk
-after success do not count; minibatch borders leave no gradient over; every episode seeds the simulator, so
-that the K rollouts of a group share one scene; pictures are drawn only when the policy looks.
+after success do not count; minibatch borders leave no gradient over; the K rollouts of a group share a scene.
 
     python ript.py                                            the laptop: MuJoCo on two cores, no download
     python ript.py --suite libero_object --task 0             the same small policy in LIBERO
@@ -30,7 +29,6 @@ for name, value in dict(MUJOCO_GL="egl", OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOU
                         LIBERO_CONFIG_PATH=f"{sys.prefix}/.libero").items():
     os.environ.setdefault(name, value)  # mujoco, OpenMP and LIBERO read these when they are imported
 
-import argparse
 import io
 import json
 import logging
@@ -40,8 +38,9 @@ import resource
 import signal
 import time
 import traceback
+import zipfile
 from collections import Counter, OrderedDict, deque
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -78,7 +77,7 @@ DEMO_SEEDS, TRAIN_SEEDS = 1_000_000, 10_000_000  # of contexts; evaluation has t
 
 def option(default, text):
     """A field of Config: its default, and what --help says of it."""
-    return field(default=default, metadata={"help": f"{text} [%(default)s]"})
+    return field(default=default, metadata={"help": text})
 
 @dataclass
 class Config:
@@ -141,12 +140,20 @@ PRESETS["openvla-oft", "libero_goal"] |= dict(lr=1e-5)
 def fail(message):
     """What the user can mend: one sentence, exit status 2."""
     say(f"ript.py: {' '.join(str(message).split())[:500]}", sys.stderr)
+    sys.unraisablehook = lambda _: None  # what is half made would complain when it is deleted
     sys.exit(2)
+
+@contextmanager
+def or_fail(what):
+    """Any error inside is for the user to mend: what cannot be done, and the error's own words."""
+    try:
+        yield
+    except Exception as error:  # each library has its own for a damaged file or a full disk
+        fail(f"{what}: {error or type(error).__name__}")
 
 def parse_config(argv) -> Config:
     """Dataclass < preset < command line; with --resume, the run's own configuration replaces the preset."""
-    parser = HfArgumentParser(Config, description=__doc__, allow_abbrev=False,
-                              formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = HfArgumentParser(Config, usage=__doc__, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message} (python ript.py --help lists the settings)")
     given = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
     if (preset := PRESETS.get((given.model, given.suite.replace("long", "10")))) is None:
@@ -154,11 +161,9 @@ def parse_config(argv) -> Config:
         fail(f"--model {given.model} is for the suites {', '.join(suites)}")
     parser.set_defaults(**preset)
     if given.resume:
-        try:
+        with or_fail(f"cannot resume {given.resume}, its config.json"):
             saved = Config(**json.loads((Path(given.resume) / "config.json").read_text()))
             parser.set_defaults(**asdict(saved))
-        except (OSError, ValueError, TypeError) as error:
-            fail(f"cannot resume {given.resume}, its config.json: {error}")
     cfg = Config(**vars(parser.parse_args(argv)))
     return replace(cfg, suite=cfg.suite.replace("long", "10"), out=cfg.resume or cfg.out)
 
@@ -211,20 +216,17 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 STORE = None  # torchrun's key-value store, which has atomic counters
 
 def join(device):
-    """Make the processes that torchrun started one group: NCCL on GPUs, gloo on CPU.
-
-    A rank may be minutes behind the others, hence the timeout; torchrun ends the job when a rank dies.
-    """
+    """Make the processes that torchrun started one group: NCCL on GPUs, gloo on CPU."""
     global STORE
     if device == "cuda":  # a GPU for each, for the simulator's pictures too
         torch.cuda.set_device(local := int(os.environ.get("LOCAL_RANK", 0)))
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", seen.split(",")[local] if seen else str(local))
     if WORLD > 1:
-        STORE, rank, world = next(distributed.rendezvous("env://"))
-        backend = "nccl" if device.startswith("cuda") else "gloo"
-        distributed.init_process_group(backend, store=STORE, rank=rank, world_size=world,
-                                       timeout=timedelta(hours=12))
+        STORE = next(distributed.rendezvous("env://"))[0]
+        distributed.init_process_group(  # a rank may be far behind; where one dies, torchrun ends the job
+            "nccl" if device.startswith("cuda") else "gloo", store=STORE, rank=RANK, world_size=WORLD,
+            timeout=timedelta(hours=12))
 
 def say(text, file=None):
     """Print on rank 0."""
@@ -238,8 +240,14 @@ def gather(value) -> list:
         distributed.all_gather_object(values, value)
     return values
 
+def share(policy):
+    """Give every rank the policy of rank 0."""
+    policy.arch.statistics = gather(policy.arch.statistics)[0]
+    for value in policy.state_dict().values() if WORLD > 1 else ():
+        distributed.broadcast(value, 0)
+
 def reduce_gradients(parameters):
-    """Sum gradients over the ranks, in one all-reduce of one flat tensor."""
+    """Sum gradients over the ranks in one flat all-reduce; a rank without episodes adds zeros."""
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     if WORLD > 1:
@@ -1159,6 +1167,13 @@ def evaluation_contexts(cfg):
         contexts += [Context(task, instruction, i, state) for i, state in enumerate(states)]
     return contexts
 
+def training_context(number, tasks, demos, cfg):
+    """Of an endless stream: the demonstrations' first scenes, in a new order at each pass, or fresh ones."""
+    if demos:
+        order = np.random.default_rng([cfg.seed, number // len(demos)]).permutation(len(demos))
+        return demos[order[number % len(demos)]].context
+    return Context(*tasks[number % len(tasks)], TRAIN_SEEDS * (cfg.seed + 1) + number)
+
 def evaluate(policy, workers, contexts, cfg, film=False):
     """Act with the mean in every context: -> the Episodes in the contexts' order, without their records."""
     queue = deque([Episode(context, number) for number, context in enumerate(contexts)][RANK::WORLD])
@@ -1182,17 +1197,16 @@ def table(contexts, results) -> str:
     if len(results) == 2:
         pairs = Counter(zip(*results.values()))
         gained, lost = pairs[False, True], pairs[True, False]
-        p = binomtest(gained, gained + lost).pvalue if gained + lost else 1
+        p = binomtest(gained, max(gained + lost, 1)).pvalue
         lines.append(f"paired: {gained} contexts gained, {lost} lost, exact McNemar p = {p:.2g}")
     return "\n".join(lines)
 
 def report(out, contexts, results, policy, workers, cfg):
     """Print the table; write evaluation.csv, every context's outcome, and a video per task."""
     say(table(contexts, results))
-    lines = ["task,instruction,context," + ",".join(results)]
-    for c, *won in zip(contexts, *results.values()):
-        lines.append(",".join(map(str, (c.task, c.instruction, c.seed, *map(int, won)))))
-    write(out / "evaluation.csv", lambda path: path.write_text("\n".join(lines) + "\n"))
+    write_csv(out / "evaluation.csv", [
+        dict(task=c.task, instruction=c.instruction, context=c.seed) | dict(zip(results, map(int, won)))
+        for c, *won in zip(contexts, *results.values())])
     firsts = {context.task: context for context in reversed(contexts)}
     for episode in evaluate(policy, workers, list(firsts.values()), cfg, film=True):
         video = out / f"task{episode.context.task}.mp4"
@@ -1201,42 +1215,48 @@ def report(out, contexts, results, policy, workers, cfg):
 # --------------------------------------------------------------------------------------- 10. Bookkeeping
 def write(path, writer):
     """Write a file on rank 0, whole or not at all: writer(temporary path), then rename."""
-    if RANK:
-        return
-    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writer(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        if path.parent.is_dir():
-            temporary.unlink(missing_ok=True)
-        fail(f"cannot write {path}: {error}")
+    if RANK == 0:
+        temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+        with or_fail(f"cannot write {path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                writer(temporary)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+def write_csv(path, rows):
+    """Dicts as a table, with a column for every key of any."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [keys] + [[str(row.get(key, "")) for key in keys] for row in rows]
+    write(path, lambda temporary: temporary.write_text("".join(",".join(line) + "\n" for line in lines)))
 
 def write_metrics(out, history):
     """metrics.jsonl, metrics.csv and curve.png of all iterations so far."""
-    keys = list(dict.fromkeys(key for row in history for key in row))
-    lines = [",".join(keys)] + [",".join(str(row.get(key, "")) for key in keys) for row in history]
-    write(out / "metrics.csv", lambda path: path.write_text("\n".join(lines) + "\n"))
-    lines_of_json = "".join(json.dumps(row) + "\n" for row in history)
-    write(out / "metrics.jsonl", lambda path: path.write_text(lines_of_json))
+    lines = "".join(json.dumps(row) + "\n" for row in history)
+    write(out / "metrics.jsonl", lambda path: path.write_text(lines))
+    write_csv(out / "metrics.csv", history)
     figure = Figure(figsize=(7, 7))
-    success, rejected, seconds = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
-    for axes, key, style in ((success, "eval_success", "o-"), (success, "rollout_success", ".:"),
-                             (rejected, "rejected", ".-"), (seconds, "seconds_rollouts", ".-"),
-                             (seconds, "seconds_update", ".-")):
-        rows = [row for row in history if key in row]
-        axes.plot([row["iteration"] for row in rows], [row[key] for row in rows], style, label=key)
-        axes.set_ylim(0, None if axes is seconds else 1.02)
+    panels = ("eval_success", "rollout_success"), ("rejected",), ("seconds_rollouts", "seconds_update")
+    for axes, names in zip(figure.subplots(len(panels), sharex=True), panels):
+        for name in names:
+            rows = [row for row in history if name in row]
+            axes.plot([row["iteration"] for row in rows], [row[name] for row in rows], "o-", label=name)
+        axes.set(xlabel="iteration", ylim=(0, None))
         axes.legend()
-    seconds.set_xlabel("iteration")
     write(out / "curve.png", lambda path: figure.savefig(path, bbox_inches="tight"))
 
-def save_run(out, policy, optimizer, run):
-    """last/ and best/ for the policy's users; run.pt, one file, has all that --resume needs."""
+def save_run(out, policy, optimizer, run, stats):
+    """End an iteration: print and keep its numbers; last/ and best/ to use, run.pt for --resume."""
+    row = dict(iteration=run["iteration"]) | stats | dict(
+        memory_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20,
+        gpu_gb=torch.cuda.max_memory_allocated() / 2 ** 30)
+    row = {name: value if isinstance(value, int) else float(value) for name, value in row.items()}
+    say("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+    run["history"].append(row)
     policy.save(out / "last")
-    if run["history"][-1].get("eval_success", -1) > run["best"]:
-        run["best"] = run["history"][-1]["eval_success"]
+    if row.get("eval_success", -1) > run["best"]:
+        run["best"] = row["eval_success"]
         policy.save(out / "best")
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     state = dict(run, policy=trained, optimizer=optimizer.state_dict())
@@ -1244,51 +1264,41 @@ def save_run(out, policy, optimizer, run):
     write_metrics(out, run["history"])
 
 def load_run(out, policy, optimizer):
-    """What save_run wrote: fills policy and optimizer, -> the run; None if no iteration was completed."""
-    if not (out / "run.pt").exists():
-        return None
-    try:
+    """What save_run wrote: fills policy and optimizer, -> the run."""
+    with or_fail(f"cannot resume from {out / 'run.pt'}"):
+        if zipfile.ZipFile(out / "run.pt").testzip():  # torch does not look
+            raise ValueError("a checksum is wrong")
         run = torch.load(out / "run.pt", map_location="cpu", weights_only=True)
         policy.load_state_dict(run.pop("policy"), strict=False)
         optimizer.load_state_dict(run.pop("optimizer"))
-    except Exception as error:  # whatever torch says of a damaged file
-        fail(f"cannot resume from {out / 'run.pt'}: {error}")
     return run
 
 # --------------------------------------------------------------------------------------------- 11. Main
+def require(condition, message):
+    """Fail unless the condition holds."""
+    if not condition:
+        fail(message)
+
 def check(cfg):
-    """Fail for whatever can be known to go wrong, before any long work starts."""
-    least = dict(rollouts=2, groups=1, passes=1, minibatch=1, micro_batch=1, workers=1, eval_contexts=1,
-                 demos_per_task=1, image_size=16, iterations=0, sft_steps=0, scale_steps=0, max_rejected=0,
-                 act_batch=0, eval_every=0, task=-1, seed=0)
-    for name, bound in least.items():
-        if getattr(cfg, name) < bound:
-            fail(f"--{name} must be at least {bound}, got {getattr(cfg, name)}")
-    for name in ("sft_lr", "lr", "clip", "max_grad_norm", "scale_multiplier"):
-        if not 0 < getattr(cfg, name) < math.inf:
-            fail(f"--{name} must be a number above 0, got {getattr(cfg, name)}")
-    if not 0 <= cfg.momentum < 1:
-        fail(f"--momentum must be at least 0 and below 1, got {cfg.momentum}")
-    try:
+    """What can be known to go wrong, before any long work starts."""
+    least = dict(rollouts=2, image_size=16, task=-1, seed=0, iterations=0, sft_steps=0, scale_steps=0,
+                 max_rejected=0, act_batch=0, eval_every=0, momentum=0)
+    for name, value in asdict(cfg).items():
+        if name in least:
+            require(value >= least[name], f"--{name} must be at least {least[name]}, got {value}")
+        elif type(value) in (int, float):
+            require(0 < value < math.inf, f"--{name} must be a number above 0, got {value}")
+    require(cfg.momentum < 1, f"--momentum must be below 1, got {cfg.momentum}")
+    require(not cfg.demos or cfg.suite in LIBERO, f"{cfg.suite} makes its own demonstrations, without --demos")
+    require(not cfg.eval or cfg.checkpoint, "--eval needs --checkpoint DIR, the directory of a saved policy")
+    require(mujoco.__version__ == MUJOCO, f"MuJoCo {mujoco.__version__} differs: pip install mujoco=={MUJOCO}")
+    with or_fail(f"--device {cfg.device} cannot be used"):
         torch.empty(0, device=cfg.device)
-    except (RuntimeError, AssertionError) as error:  # no such device, or a torch without CUDA
-        fail(f"--device {cfg.device} cannot be used: {str(error).splitlines()[0]}")
-    if cfg.demos and cfg.suite not in LIBERO:
-        fail(f"--demos is for the suites of LIBERO, {cfg.suite} makes its own demonstrations")
-    if cfg.eval and cfg.model == "tiny" and not cfg.checkpoint:
-        fail("--eval needs --checkpoint DIR, the directory of a saved policy")
-    if mujoco.__version__ != MUJOCO:
-        fail(f"MuJoCo {mujoco.__version__} changes the results: pip install mujoco=={MUJOCO}")
-    try:
+    with or_fail("no headless OpenGL (on Debian, apt-get install libegl1 libgl1-mesa-dri)"):
         mujoco.GLContext(16, 16).free()
-    except Exception as error:  # each backend has its own
-        sys.unraisablehook = lambda _: None  # a half-made context complains again when it is deleted
-        fail(f"no headless OpenGL with MUJOCO_GL={os.environ['MUJOCO_GL']}, {error}: on Debian, apt-get "
-             "install libegl1 libgl1-mesa-dri")
     if cfg.suite in LIBERO:
         from libero.libero import get_libero_path
-        if not Path(get_libero_path("assets")).is_dir():
-            fail("LIBERO's meshes are missing: run libero-download-assets (about 400 MB, once)")
+        require(Path(get_libero_path("assets")).is_dir(), "no meshes of LIBERO: run libero-download-assets")
 
 def supervise(policy, workers, demos, cfg):
     """Stage 2 on LIBERO's demonstrations or the scripted expert's: SFT, then the scale head."""
@@ -1313,8 +1323,8 @@ def main(argv=None):
     out, tasks = Path(cfg.out), list(tasks_of(cfg).items())
     join(cfg.device)
     torch.manual_seed(cfg.seed)
-    tuned = cfg.resume and (out / "sft/model.safetensors").exists()
-    policy = OpenVLAOFT.load(cfg, out / "sft" if tuned else "")
+    resumed = cfg.resume and (out / "run.pt").exists()  # a run stopped before that starts again
+    policy = OpenVLAOFT.load(cfg, out / "sft" if resumed else "")
     demos = libero_demonstrations(policy, cfg) if cfg.demos else []
     write(out / "config.json", lambda path: path.write_text(json.dumps(asdict(cfg), indent=1)))
     workers = [Worker(cfg, tasks[i % len(tasks)][0]) for i in range(cfg.workers)]
@@ -1322,52 +1332,36 @@ def main(argv=None):
     success = lambda: [episode.success for episode in evaluate(policy, workers, held_out, cfg)]
     if cfg.eval:
         return report(out, held_out, dict(success=success()), policy, workers, cfg)
-    if not tuned:
+    context_of = lambda number: training_context(number, tasks, demos, cfg)
+    if not resumed:
         if RANK == 0:
             supervise(policy, workers, demos, cfg)
-            policy.save(out / "sft")
-        policy.arch.statistics = gather(policy.arch.statistics)[0]
-        for value in policy.state_dict().values() if WORLD > 1 else ():
-            distributed.broadcast(value, 0)
+        share(policy)
+        policy.save(out / "sft")
     if cfg.fit_scale_head:
         return
-
-    def context_of(number):  # the stream of training contexts; a finite set in a new order at each pass
-        if demos:
-            order = np.random.default_rng([cfg.seed, number // len(demos)]).permutation(len(demos))
-            return demos[order[number % len(demos)]].context
-        return Context(*tasks[number % len(tasks)], TRAIN_SEEDS * (cfg.seed + 1) + number)
-
     optimizer = torch.optim.AdamW(policy.trainable("ript"), cfg.lr, (cfg.momentum, 0.999))
-    run = load_run(out, policy, optimizer) if cfg.resume else None
-    if run is None:
-        before = success()
-        first = dict(iteration=0, eval_success=sum(before) / len(before))
-        run = dict(iteration=0, group=0, skip={}, best=-1.0, before=before, after=before, history=[first])
-    say(table(held_out, dict(SFT=run["before"])))
+    if resumed:
+        run = load_run(out, policy, optimizer)
+    else:
+        run = dict(iteration=0, group=0, skip={}, best=-1.0, history=[], results=dict(SFT=success()))
+        save_run(out, policy, optimizer, run, dict(eval_success=np.mean(run["results"]["SFT"])))
+    say(table(held_out, dict(SFT=run["results"]["SFT"])))
     while run["iteration"] < cfg.iterations:
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * (1 - cfg.anneal * run["iteration"] / cfg.iterations)
         episodes, rewards, stats = collect(policy, workers, context_of, run, cfg)  # lines 4-14
-        if cfg.anneal:
-            optimizer.param_groups[0]["lr"] = cfg.lr * (1 - run["iteration"] / cfg.iterations)
         if episodes:
             stats |= update(policy, optimizer, episodes, rewards, cfg, run)  # lines 15-17
         run["iteration"] += 1
         if run["iteration"] == cfg.iterations or cfg.eval_every and run["iteration"] % cfg.eval_every == 0:
-            run["after"] = success()
-            stats["eval_success"] = np.mean(run["after"])
-        stats = {name: value if isinstance(value, int) else float(value) for name, value in stats.items()}
-        run["history"].append(dict(iteration=run["iteration"]) | stats)
-        save_run(out, policy, optimizer, run)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-        say("  ".join(f"{name} {value:.4g}" for name, value in run["history"][-1].items())
-            + f"  memory {memory:.2g} GB")
-    results = dict(SFT=run["before"]) | (dict(RIPT=run["after"]) if cfg.iterations else {})
-    report(out, held_out, results, policy, workers, cfg)
+            run["results"]["RIPT"] = success()
+            stats["eval_success"] = np.mean(run["results"]["RIPT"])
+        save_run(out, policy, optimizer, run, stats)
+    report(out, held_out, run["results"], policy, workers, cfg)
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once, as on SIGTERM: no file is ever half written
+    main()
     if WORLD > 1:  # not after an error, when the other ranks may never answer
         distributed.destroy_process_group()

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import ript
 from ript import Architecture, Config, Context, Episode, OpenVLAOFT, Simulator, Worker
@@ -693,7 +695,7 @@ def launch(*argv, timeout=600, **environment):
 
 def rows_without_seconds(out):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
+    return [{key: value for key, value in row.items() if "second" not in key and "_gb" not in key} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -740,6 +742,54 @@ def test_a_killed_run_is_resumed_to_the_same_bits_and_leaves_no_process(finished
     for name in ("last/model.safetensors", "best/model.safetensors", "evaluation.csv"):
         assert (tmp_path / name).read_bytes() == (finished[0] / name).read_bytes()
     assert not list(tmp_path.rglob("*.tmp*"))
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run/run.pt").unlink()
+    done = launch("--resume", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert rows_without_seconds(tmp_path / "run") == rows_without_seconds(finished[0])
+
+
+def test_the_table_has_wilson_intervals_per_task_and_the_exact_test_of_pairs():
+    contexts = [Context(task, TASKS[task], seed) for task in (0, 1) for seed in range(10)]
+    before, after = [True] + [False] * 19, [False] + [True] * 7 + [False] * 12
+    lines = ript.table(contexts, dict(SFT=before, RIPT=after)).splitlines()
+    assert lines[1].split() == "lift the red cube 1/10 10% [2%, 40%] 7/10 70% [40%, 89%]".split()
+    assert lines[3].split()[:4] == "all tasks 1/20 5%".split()
+    assert lines[4] == "paired: 7 contexts gained, 1 lost, exact McNemar p = 0.07"  # 2 (1 + 8) / 2^8
+    assert "p = 1" in ript.table(contexts, dict(SFT=before, RIPT=before)) and "paired" not in ript.table(contexts, dict(SFT=before))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_and_its_simulators_without_a_traceback(tmp_path, number):
+    trainer = subprocess.Popen([sys.executable, HERE / "ript.py", *map(str, QUICK), "--out", tmp_path],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "metrics.jsonl").exists():
+        assert trainer.poll() is None
+        time.sleep(0.02)
+    children = children_of(trainer.pid)
+    trainer.send_signal(number)
+    assert "Traceback" not in trainer.communicate(timeout=20)[1]
+    assert trainer.returncode == -number and len(children) >= 2  # which a shell shows as 130 and 143
+    while any(Path(f"/proc/{pid}").exists() for pid in children):
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "other"])
+def test_a_damaged_run_is_not_resumed_and_one_sentence_says_so(finished, tmp_path, damage):
+    shutil.copytree(finished[0], tmp_path / "run")
+    path = tmp_path / "run/run.pt"
+    content = bytearray(path.read_bytes())
+    if damage == "changed":  # a few bytes of the weights
+        content[len(content) // 2:len(content) // 2 + 8] = bytes(range(8))
+    path.write_bytes(content[:len(content) // 2] if damage == "cut" else content)
+    if damage == "other":
+        torch.save(dict(policy={}), path)
+    done = launch("--resume", tmp_path / "run")
+    assert done.returncode == 2 and done.stderr.startswith(f"ript.py: cannot resume from {path}: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_two_and_three_processes_equal_one(finished, tmp_path):
@@ -907,21 +957,21 @@ MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared bel
     ("--model gpt", "'openvla-oft'"),
     ("--lr fast", "--lr"),
     ("--rollouts 1", "--rollouts must be at least 2"),
-    ("--groups 0", "--groups must be at least 1"),
-    ("--workers 0", "--workers must be at least 1"),
-    ("--minibatch 0", "--minibatch must be at least 1"),
+    ("--groups 0", "--groups must be a number above 0"),
+    ("--workers 0", "--workers must be a number above 0"),
+    ("--minibatch 0", "--minibatch must be a number above 0"),
     ("--task 2", "--task must be below 2"),
     ("--loss_per step", "'token'"),
-    ("--passes 0", "--passes must be at least 1"),
+    ("--passes 0", "--passes must be a number above 0"),
     ("--image_size 8", "--image_size must be at least 16"),
     ("--iterations -1", "--iterations must be at least 0"),
     ("--lr 0", "--lr must be a number above 0"),
     ("--clip nan", "--clip must be a number above 0"),
     ("--scale_multiplier -2", "--scale_multiplier must be a number above 0"),
-    ("--momentum 1", "--momentum must be at least 0 and below 1"),
+    ("--momentum 1", "--momentum must be below 1"),
     ("--collision maybe", "--collision"),
     ("--device tpu9", "--device tpu9 cannot be used"),
-    ("--demos {tmp}/wrong", "--demos is for the suites of LIBERO"),
+    ("--demos {tmp}/wrong", "tabletop makes its own demonstrations"),
     ("--eval --suite libero_goal", "--eval needs --checkpoint"),
     ("--checkpoint {tmp}/none", "cannot read a policy from {tmp}/none"),
     ("--checkpoint {tmp}/corrupt", "cannot read a policy from {tmp}/corrupt"),
@@ -1032,7 +1082,7 @@ def test_no_opengl_and_another_mujoco_get_one_sentence(monkeypatch, capsys):
         ript.check(config())
     assert "pip install mujoco==3.3.2" in capsys.readouterr().err
     done = launch("--groups", 1, MUJOCO_GL="egl", MUJOCO_EGL_DEVICE_ID="99")
-    assert done.returncode == 2 and done.stderr.startswith("ript.py: no headless OpenGL with MUJOCO_GL=egl")
+    assert done.returncode == 2 and done.stderr.startswith("ript.py: no headless OpenGL")
     assert done.stderr.count("\n") == 1
 
 
@@ -1050,14 +1100,22 @@ def test_presets_yield_to_the_command_line_and_libero_long_is_libero_10():
 
 
 def test_metrics_and_checkpoints_are_written_whole_or_not_at_all(tmp_path, capsys):
-    path = tmp_path / "file"
-    ript.write(path, lambda p: p.write_text("first"))
+    def limit(size):  # of files, as a disk that is full
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
-    def fails(p):
-        p.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(SystemExit):
-        ript.write(path, fails)
-    assert "No space left" in capsys.readouterr().err
-    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+    big = torch.zeros(10 ** 6)
+    writers = dict(text=lambda p: p.write_text("x" * 10 ** 6), pt=lambda p: torch.save(big, p),
+                   safetensors=lambda p: save_file(dict(big=big), p))
+    for suffix, writer in writers.items():
+        path = tmp_path / f"file.{suffix}"
+        ript.write(path, lambda p: p.write_text("first"))
+        limit(100_000)
+        try:
+            with pytest.raises(SystemExit) as exit:
+                ript.write(path, writer)
+        finally:
+            limit(resource.RLIM_INFINITY)
+        error = capsys.readouterr().err
+        assert exit.value.code == 2 and error.startswith(f"ript.py: cannot write {path}: ") and error.count("\n") == 1
+        assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+        path.unlink()
