@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import ript
-from ript import Architecture, Config, Context, Episode, OpenVLAOFT, Simulator, Worker
+from ript import Architecture, Config, Context, Episode, Libero, OpenVLAOFT, Worker, load_suite
 
 HERE = Path(__file__).parent
 GOLDEN = Path(os.environ.get("RIPT_GOLDEN", HERE / ".." / "shared" / "golden"))
@@ -289,7 +290,7 @@ def libero_or_skip():
 
 @pytest.fixture(scope="module")
 def simulator():
-    simulator = Simulator("tabletop_pretrain", 64, True)
+    simulator = load_suite("tabletop_pretrain")(64, True)
     yield simulator
     simulator.env.close()
 
@@ -326,22 +327,11 @@ def test_the_cubes_have_the_colours_that_the_instructions_name(simulator):
     assert red.sum() > 5 and green.sum() > 5
 
 
-def act_as_expert(simulator, context):
-    """The scripted expert's steady hand: -> whether it succeeded, in how many steps, the last observation."""
-    expert, steps = ript.Expert(small_policy()), 0
-    _, success, raw, _ = simulator.reset(context)
-    while not success and steps < 32:
-        seen = expert.preprocess(raw)
-        ran, success, raw, _ = simulator.step([expert.action(*(seen[name] for name in expert.KNOWS))])
-        steps += ran
-    return success, steps, raw
-
-
 @pytest.mark.parametrize("task", [0, 1])
 def test_success_is_the_named_cube_lifted_and_the_expert_lifts_it(simulator, task):
-    success, steps, raw = act_as_expert(simulator, Context(task, TASKS[task], 1_000_000))
+    observations, actions, success = simulator.demonstrate(Context(task, TASKS[task], 1_000_000))
     height = [simulator.env.sim.data.body_xpos[body][2] for body in (simulator.env.cubeA_body_id, simulator.env.cubeB_body_id)]
-    assert success and raw is None and 15 < steps < 32
+    assert success and 15 < len(observations) == len(actions) <= 32
     assert height[task] > 0.84 > height[1 - task]  # 4 cm above the table; a cube's centre rests at 2 or 2.5 cm
 
 
@@ -357,7 +347,7 @@ def test_scripted_demonstrations_are_successes_with_clean_labels_whatever_the_nu
 
 
 def test_the_arm_of_the_tabletop_suite_is_worn(simulator):
-    worn, hands = Simulator("tabletop", 64, True), []
+    worn, hands = load_suite("tabletop")(64, True), []
     for arm in (simulator, worn):
         arm.reset(Context(0, TASKS[0], 3))
         hands.append(arm.step(np.zeros((8, 7)))[2]["robot0_eef_pos"])
@@ -375,8 +365,34 @@ def test_a_chunk_stops_at_success_and_pictures_are_drawn_only_after_it(simulator
     assert (ran, success, len(drawn)) == (8, False, 4) and observation["agentview_image"].shape == (64, 64, 3)
 
 
+NUDGE = """
+import ript
+
+class Nudge(ript.load_suite("tabletop")):
+    INSTRUCTIONS = ["raise the green cube"]
+
+    def build(self, task):
+        assert isinstance(self, ript.Libero) and ript.Worker is not None
+        super().build(1)
+
+    def success(self):
+        return bool(self.cube()[2] > 0.82 and self.task == 1)
+"""
+
+
+def test_a_suite_in_a_file_of_its_own_runs_from_the_command_line(tmp_path):
+    (tmp_path / "nudge.py").write_text(NUDGE)
+    done = launch("--suite", f"{tmp_path}/nudge.py:Nudge", *QUICK, "--iterations", 1, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "raise the green cube" in done.stdout and (tmp_path / "run/task0.mp4").stat().st_size > 1000
+    rows = rows_without_seconds(tmp_path / "run")
+    assert rows[1]["rollouts"] >= 6 and rows[1]["env_steps"] > 6
+    contents = (tmp_path / "run/evaluation.csv").read_text()
+    assert "0,raise the green cube,1," in contents and "red" not in contents
+
+
 def run_of(iteration=0, group=0):
-    return dict(iteration=iteration, group=group, skip={})
+    return dict(iteration=iteration, group=group, skip=[])
 
 
 def collect_with(workers, policy, cfg, run=None):
@@ -385,7 +401,7 @@ def collect_with(workers, policy, cfg, run=None):
 
 
 def pretrained():
-    return OpenVLAOFT.load(ript.PRESETS["tiny", "tabletop"]["checkpoint"])
+    return OpenVLAOFT.load(config().checkpoint)
 
 
 def test_the_kept_set_does_not_depend_on_the_number_of_workers(workers):
@@ -527,10 +543,10 @@ def test_sft_learns_and_the_scale_head_is_fitted_alone(workers):
     batch = ([r["observation"] for r in records[:4]], [TASKS[0]] * 4,
              np.array([[r["label"] for r in records[i:i + 8]] for i in range(4)]))
     before = policy.imitation_loss("sft", *batch).item()
-    ript.sft(policy, demos, cfg)
+    ript.fit(policy, "sft", demos, cfg.sft_steps, cfg.sft_lr, cfg.seed, batch=64)
     assert policy.imitation_loss("sft", *batch).item() < 0.7 * before
     frozen, before = {name: p.clone() for name, p in policy.trainable("sft").items()}, policy.imitation_loss("scale", *batch).item()
-    ript.fit_scale_head(policy, demos, cfg)
+    ript.fit(policy, "scale", demos, cfg.scale_steps, 1e-3, cfg.seed, batch=16)
     assert policy.imitation_loss("scale", *batch).item() < before
     assert all((p == frozen[name]).all() for name, p in policy.trainable("sft").items())
 
@@ -624,7 +640,7 @@ def test_an_iteration_in_libero_with_the_small_policy(tmp_path):
 @pytest.mark.parametrize("suite,task", [("libero_goal", 1), ("libero_10", 2)])
 def test_libero_resets_softly_to_the_stored_state_at_every_episode(suite, task):
     libero_or_skip()
-    simulator, cfg = Simulator(suite, 64, True), config("--suite", suite, "--task", task, "--eval_contexts", 2)
+    simulator, cfg = load_suite(suite)(64, True), config("--suite", suite, "--task", task, "--eval_contexts", 2)
     contexts = ript.evaluation_contexts(cfg)
     try:
         states = []
@@ -652,7 +668,7 @@ def write_demonstration(path, steps=12, size=64, actions=None):
 
 
 def test_libero_demonstrations_give_observations_actions_and_contexts(tmp_path):
-    task = ript.libero_benchmark("libero_goal").tasks[3]
+    task = load_suite("libero_goal").BENCHMARK.tasks[3]
     write_demonstration(tmp_path / f"{task.name}_demo.hdf5")
     cfg = config("--suite", "libero_goal", "--task", 3, "--demos", tmp_path)
     (demo,) = ript.libero_demonstrations(small_policy(), cfg)
@@ -685,7 +701,7 @@ def faulty_worker(connection, *arguments):
         class Faulty:
             recv, send = connection.recv, staticmethod(strike(connection.send))
         ript.worker_main(Faulty, *arguments)
-    setattr(Simulator, where, strike(getattr(Simulator, where)))
+    setattr(Libero, where, strike(getattr(Libero, where)))
     ript.worker_main(connection, *arguments)
 
 
@@ -706,6 +722,33 @@ def test_a_simulator_process_that_dies_or_hangs_changes_nothing(tmp_path, monkey
     assert (tmp_path / "struck").exists()
     for worker in faulty:
         worker.process.kill()
+
+
+class Half:
+    """Its message is 100 MB long, and the process stops before the end of it."""
+    def __reduce__(self):
+        threading.Timer(0.005, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+        return bytes, (100_000_000,)
+
+
+def stopping_worker(connection, cfg):
+    """worker_main in a process that stops, once, in the middle of an answer."""
+    flag, look = Path(os.environ["FAULT"]), Libero.look
+    if not flag.exists():
+        Libero.look = lambda self: (flag.touch(), look(self) | dict(half=Half()))[1]
+    ript.worker_main(connection, cfg)
+
+
+def test_a_simulator_process_that_stops_in_the_middle_of_an_answer_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAULT", str(tmp_path / "struck"))
+    monkeypatch.setattr(ript, "worker_main", stopping_worker)
+    monkeypatch.setattr(Worker, "PATIENCE", 20)
+    worker = Worker(config(), 0)
+    worker.begin(Episode(Context(0, TASKS[0], 1)))
+    ran, success, raw, _ = worker.receive()
+    assert (tmp_path / "struck").exists() and (ran, success, worker.tries) == (0, False, 2)
+    assert raw["agentview_image"].shape == (64, 64, 3)
+    worker.process.kill()
 
 
 def test_a_simulator_that_always_fails_ends_the_run_with_its_own_traceback(monkeypatch):
@@ -735,7 +778,13 @@ def test_a_dead_rank_ends_the_job_within_a_minute_and_is_named(tmp_path):
 # ------------------------------------------------------------------------------------------------- the command line
 MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared below
     ("--rollout 8", "unrecognized arguments: --rollout"),
-    ("--suite libero", "'libero_spatial', 'libero_object'"),
+    ("--suite libero", "tabletop, tabletop_pretrain, libero_spatial, libero_object"),
+    ("--suite {tmp}/none.py:Suite", "cannot load {tmp}/none.py:Suite: FileNotFoundError"),
+    ("--suite {tmp}/suite.py:Kitchen", "cannot load {tmp}/suite.py:Kitchen: AttributeError"),
+    ("--suite {tmp}/suite.py:Path", "Path is no subclass of ript.Libero"),
+    ("--suite {tmp}/suite.py:here", "cannot load {tmp}/suite.py:here: TypeError"),
+    ("--suite {tmp}/half.py:Suite", "cannot load {tmp}/half.py:Suite: SyntaxError"),
+    ("--suite {tmp}/file:Suite", "cannot load {tmp}/file:Suite: AttributeError"),
     ("--model gpt", "'tiny'"),
     ("--lr fast", "--lr"),
     ("--rollouts 1", "--rollouts must be at least 2"),
@@ -773,6 +822,8 @@ MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared bel
 def tmp(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("mistakes")
     (tmp / "file").write_text("")
+    (tmp / "suite.py").write_text("from pathlib import Path\nhere = Path()\n")
+    (tmp / "half.py").write_text("class Suite(")
     for name in ("corrupt", "other"):
         small_policy().save(tmp / name)
     (tmp / "corrupt/model.safetensors").write_bytes((tmp / "other/model.safetensors").read_bytes()[:1000])
@@ -782,7 +833,7 @@ def tmp(tmp_path_factory):
     for name, content in (("unknown", dict(learning_rate=1)), ("list", [1])):
         (tmp / name).mkdir()
         (tmp / name / "config.json").write_text(json.dumps(content))
-    name = f"{ript.libero_benchmark('libero_goal').tasks[0].name}_demo.hdf5"
+    name = f"{load_suite('libero_goal').BENCHMARK.tasks[0].name}_demo.hdf5"
     for folder in ("broken", "wrong"):
         (tmp / folder).mkdir()
         write_demonstration(tmp / folder / name, actions=np.zeros((12, 6)))
@@ -826,7 +877,7 @@ def test_help_reads_as_documentation():
 def test_presets_yield_to_the_command_line_and_libero_long_is_libero_10():
     assert config("--suite", "libero_long").suite == "libero_10"
     assert config().iterations == 6 and config("--iterations", 3).iterations == 3
-    assert ript.HORIZON["libero_10"] == 520 and ript.HORIZON["libero_object"] == 280
+    assert load_suite("libero_10").HORIZON == 520 and load_suite("libero_object").HORIZON == 280
 
 
 def test_metrics_and_checkpoints_are_written_whole_or_not_at_all(tmp_path, capsys):
