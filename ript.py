@@ -624,26 +624,25 @@ class Libero:
         return self.env.sim.render(camera_name=camera, width=size, height=size)
 
     def demonstrate(self, context):
-        """An episode of the expert: -> its raw observations, its actions (n, 7), success.
+        """An episode of the expert: -> an answer like step's, with pairs (observation, action) for frames.
 
         Pushes move the hand but not the actions on record, so that demonstrations show how to recover: it
         trembles, and drifts during the first four steps.
         """
         draws = lambda step: np.random.default_rng([context.seed, context.task, step])
-        drift, closing, seen, labels = draws(1000).uniform(-0.9, 0.9, 3), 0, [], []
-        _, success, raw, _ = self.reset(context)
-        while not success and len(labels) < self.HORIZON:
-            push = 0.3 * draws(len(labels)).standard_normal(3) + (drift if len(labels) < 4 else 0)
-            label = self.expert(closing)
-            seen.append(raw)
-            labels.append(label)
-            closing = closing + 1 if label[6] > 0 else 0  # steps since the hand began to close
-            _, success, raw, _ = self.step([label + np.append(push, [0] * 4)])
-        return seen, np.array(labels), success
+        drift, closing, pairs = draws(1000).uniform(-0.9, 0.9, 3), 0, []
+        _, success, observation, _ = self.reset(context)
+        while not success and len(pairs) < self.HORIZON:
+            push = 0.3 * draws(len(pairs)).standard_normal(3) + (drift if len(pairs) < 4 else 0)
+            action = self.expert(closing)
+            pairs.append((observation, action))
+            closing = closing + 1 if action[6] > 0 else 0  # steps since the hand began to close
+            _, success, observation, _ = self.step([action + np.append(push, [0] * 4)])
+        return len(pairs), success, None, pairs
 
     def expert(self, closing):
         """The next action (7,) in LIBERO-Object: above the thing, down, close, up, to the basket, open."""
-        data, bodies, hand = self.env.sim.data, self.env.obj_body_id, self.hand()
+        data, bodies, hand = self.env.sim.data, self.env.obj_body_id, self.env._eef_xpos
         thing, basket = (data.body_xpos[bodies[name]] for name in self.env.obj_of_interest if name in bodies)
         off = lambda place: np.abs(place[:2] - hand[:2]).max()  # metres
         low, height = thing[2] + 0.01, basket[2] + 0.3
@@ -654,13 +653,9 @@ class Libero:
             return self.toward(hand, low, 1)
         return self.toward(thing, low if off(thing) < 0.02 else thing[2] + 0.12, -1)
 
-    def hand(self):
-        """Where the hand is, (3,) metres."""
-        return np.array(self.env.sim.data.site_xpos[self.env.robots[0].eef_site_id])
-
     def toward(self, place, z, grip):
         """The action of a hand on its way to a place, at the height z; grip: -1 open, 1 closed."""
-        return np.array([*np.clip(15 * ([*place[:2], z] - self.hand()), -1, 1), 0, 0, 0, grip])
+        return np.array([*np.clip(15 * ([*place[:2], z] - self.env._eef_xpos), -1, 1), 0, 0, 0, grip])
 
 def worker_main(connection, cfg):
     """A simulator process: answers (method, *arguments) with (result, None) or (None, traceback)."""
@@ -737,13 +732,14 @@ class Episode:
     records: list = field(default_factory=list)  # of the policy, one per query
     executed: list = field(default_factory=list)  # action steps executed of each query's H
     success: bool = False
-    frames: list = field(default_factory=list)
+    frames: list = field(default_factory=list)  # of a film; of a demonstration (raw observation, action)
 
-def simulate(policy, workers, queue, cfg, explore=None, film=False):
+def simulate(policy, workers, queue, cfg, explore=None, film=False, method="reset"):
     """Roll out every Episode of a deque, which the caller may extend meanwhile; yield each as it ends.
 
     Half of the workers simulate while the policy answers the other half; a worker that is free takes the next
     of the queue in the same round. explore(episode) is the Generator of its next query; None takes the mean.
+    The method "demonstrate" leaves whole episodes to the suite's expert.
     """
     horizon, threads = load_suite(cfg.suite).HORIZON, torch.get_num_threads()
     torch.set_num_threads(1)  # the workers want the other cores
@@ -760,7 +756,7 @@ def simulate(policy, workers, queue, cfg, explore=None, film=False):
                 if queue and not worker.episode:  # the worker's own task first: its environment is there
                     episode = next((e for e in queue if e.context.task == worker.task), queue[0])
                     queue.remove(episode)
-                    worker.begin(episode)
+                    worker.begin(episode, method)
             ready, size = [worker for worker in half if worker.observation], cfg.act_batch or len(workers)
             for start in range(0, len(ready), size):
                 respond(policy, ready[start:start + size], horizon, explore, film)
@@ -820,8 +816,8 @@ def collect(policy, workers, context_of, run, cfg):
                 count("ended", 1)
             launch()
         time.sleep(0.05 * (WORLD > 1))  # another rank may still reject a group
-    queries = [record for group in groups.values() for e in group for record in e.records]
-    scale, seconds_policy = (sum(gather(sum(r[key] for r in queries))) for key in ("scale", "seconds"))
+    totals = [(r["scale"], r["seconds"], 1) for group in groups.values() for e in group for r in e.records]
+    scale, seconds_policy, queries = sum(gather(np.sum(totals or [(0, 0, 0)], 0)))
     for others in gather({n: [replace(e, records=[]) for e in group] for n, group in groups.items()}):
         groups = others | groups
     groups = dict(sorted(groups.items()))
@@ -831,7 +827,7 @@ def collect(policy, workers, context_of, run, cfg):
         run["skip"] += itertools.islice(again, 3 if solved >= 0 else 0)
     kept = [group for group in groups.values() if fate(group) == "kept"]
     stats = summary(list(groups.values()), time.time() - began, cfg)
-    stats |= dict(scale=scale / stats.pop("queries"), seconds_policy=seconds_policy / WORLD)
+    stats |= dict(scale=scale / queries, seconds_policy=seconds_policy / WORLD)
     return sum(kept, []), torch.tensor([[float(e.success) for e in group] for group in kept]), stats
 
 def summary(groups, seconds, cfg):
@@ -847,34 +843,25 @@ def summary(groups, seconds, cfg):
     steps = sum(sum(episode.executed) for episode in episodes)
     return dict(rollout_success=np.mean([episode.success for episode in episodes]), rollouts=len(episodes),
                 kept=kept, solved=solved, failed=failed, rejected=1 - kept / len(groups), env_steps=steps,
-                queries=sum(len(episode.executed) for episode in episodes),
                 seconds_rollouts=seconds, steps_per_second=steps / seconds)
 
 # ---------------------------------------------------------------------------------------- 7. Supervision
-def labelled(policy, observations, actions):
-    """Records of a demonstration: the raw observations, preprocessed, and the actions (n, 7) to imitate."""
-    return [dict(observation=policy.preprocess(raw), label=action)
-            for raw, action in zip(observations, actions)]
+def labelled(policy, pairs):
+    """Records to imitate, of pairs (raw observation, action (7,))."""
+    return [dict(observation=policy.preprocess(raw), label=action) for raw, action in pairs]
 
 def scripted_demonstrations(policy, workers, cfg):
     """Episodes in which the suite's expert succeeds, cfg.demos_per_task of every task."""
     seeds = range(DEMO_SEEDS * (1 + cfg.seed), DEMO_SEEDS * (1 + cfg.seed) + cfg.demos_per_task)
     contexts = [Context(task, text, seed) for seed in seeds for task, text in tasks_of(cfg).items()]
-    queue, demos, attempts = [Episode(c, number) for number, c in enumerate(contexts)], [], 0
-    bar = tqdm(desc="demonstrations", total=len(contexts), leave=False, disable=None)
-    while queue and attempts < 50 + 3 * len(contexts):
-        batch, queue = queue[:len(workers)], queue[len(workers):]
-        for worker, demo in zip(workers, batch):
-            worker.begin(demo, "demonstrate")
-        for worker, demo in zip(workers, batch):
-            observations, actions, demo.success = worker.receive()
-            worker.episode, attempts = None, attempts + 1
-            if demo.success:
-                demos.append(replace(demo, records=labelled(policy, observations, actions)))
-                bar.update()
-            else:  # another scene instead
-                queue.append(replace(demo, context=replace(demo.context, seed=demo.context.seed + 1000)))
-    bar.close()
+    queue, demos, attempts = deque(Episode(c, number) for number, c in enumerate(contexts)), [], 0
+    episodes = simulate(policy, workers, queue, cfg, method="demonstrate")
+    for episode in tqdm(episodes, "demonstrations", leave=False, disable=None):
+        attempts += 1
+        if episode.success:
+            demos.append(replace(episode, records=labelled(policy, episode.frames), frames=[]))
+        elif attempts < 50 + 3 * len(contexts):  # another scene instead
+            queue.append(Episode(replace(episode.context, seed=episode.context.seed + 1000), episode.group))
     say(f"scripted expert: success in {interval(len(demos), attempts)} of attempts")
     return sorted(demos, key=lambda demo: demo.group)
 
@@ -895,9 +882,9 @@ def libero_demonstrations(policy, cfg):
                     if actions.shape != (shape[0], 7) or shape[1] != cfg.image_size:
                         raise ValueError(f"{key} has actions {actions.shape}, pictures {shape}: "
                                          "set --image_size to theirs, with --collision false")
-                    rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
+                    rows = (dict(zip(columns, row)) for row in zip(*columns.values()))
                     context = Context(task, instruction, 0, demo["states"][0], len(demos))
-                    demos.append(Episode(context, records=labelled(policy, rows, actions)))
+                    demos.append(Episode(context, records=labelled(policy, zip(rows, actions))))
         except (OSError, KeyError, ValueError) as error:
             fail(f"cannot read the demonstrations in {path}: {error}")
     return demos

@@ -63,7 +63,7 @@ class TabletopPretrain(Libero):
 
     def expert(self, closing):
         """The next action (7,): above the cube, down, close, up."""
-        cube, hand, low = self.cube(), self.hand(), 0.815
+        cube, hand, low = self.cube(), self.env._eef_xpos, 0.815
         off = np.abs(cube[:2] - hand[:2]).max()  # metres
         if closing >= 6:
             return self.toward(hand, 1, 1)
