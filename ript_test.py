@@ -729,7 +729,7 @@ class Half:
     """Its message is 100 MB long, and the process stops before the end of it."""
     def __reduce__(self):
         threading.Timer(0.005, os.kill, (os.getpid(), signal.SIGSTOP)).start()
-        return bytes, (100_000_000,)
+        return bytes, (b"x" * 100_000_000,)
 
 
 def stopping_worker(connection, cfg):
