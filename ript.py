@@ -30,20 +30,24 @@ for name, value in dict(MUJOCO_GL="egl", OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOU
     os.environ.setdefault(name, value)  # mujoco, OpenMP and LIBERO read these when they are imported
 
 import io
+import itertools
 import json
 import logging
 import math
 import multiprocessing
 import resource
 import signal
+import threading
 import time
 import traceback
 import zipfile
 from collections import Counter, OrderedDict, deque
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -68,11 +72,11 @@ from transformers import (ByT5Tokenizer, DynamicCache, HfArgumentParser, LlamaCo
                           PreTrainedTokenizerFast)
 
 # --------------------------------------------------------------------------------------- 1. Configuration
-LIBERO = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
-HORIZON = dict(zip(LIBERO, (220, 280, 300, 520, 400)), tabletop=32, tabletop_pretrain=32)  # steps of 50 ms
+LIBERO = dict(libero_spatial=220, libero_object=280, libero_goal=300, libero_10=520, libero_90=400)  # HORIZON
+EXAMPLES = dict(tabletop="tabletop.py:Tabletop", tabletop_pretrain="tabletop.py:TabletopPretrain",
+                quest="quest.py:QueST")
+LONG = dict(libero_long="libero_10")  # the paper's name
 MUJOCO = "3.3.2"  # others draw darker pictures (from 3.3.3) or break a stored state of LIBERO (from 3.4.0)
-SLIP = (0.14, 0.14, 0, 0, 0, 0, 0)  # tabletop: what the arm, worn since pretraining, adds to every action
-SCRIPTED = ("tabletop", "tabletop_pretrain", "libero_object")  # suites with a scripted expert
 DEMO_SEEDS, TRAIN_SEEDS = 1_000_000, 10_000_000  # of contexts; evaluation has the seeds below
 
 def option(default, text):
@@ -82,8 +86,10 @@ def option(default, text):
 @dataclass
 class Config:
     """Every setting. A preset of (model, suite) overrides these defaults, the command line overrides both."""
-    model: Literal["tiny", "openvla-oft"] = option("tiny", "tiny is openvla-oft at the size of a laptop")
-    suite: Literal[(*HORIZON, "libero_long")] = option("tabletop", "the tasks; libero_long is libero_10")
+    model: str = option("tiny", "the policy: tiny (an openvla-oft for laptops), openvla-oft, quest, or any "
+                        "other as FILE.py:Class")
+    suite: str = option("tabletop", "the tasks: tabletop, tabletop_pretrain, libero_spatial, libero_object, "
+                        "libero_goal, libero_10 or libero_long, libero_90, or any other as FILE.py:Class")
     task: int = option(-1, "only this task of the suite; -1: all of them")
     checkpoint: str = option("", "directory or hub id of the policy to start from; none: random weights")
     adapter: str = option("", "directory of LoRA weights and heads to start from (openvla-oft)")
@@ -126,14 +132,10 @@ class Config:
 
 TINY = dict(image_size=64, collision=True, act_batch=1, sft_steps=2500, minibatch=128, micro_batch=256,
             lr=2e-4, momentum=0.0, anneal=True)
-PRESETS = {("tiny", suite): dict(TINY, out=f"runs/{suite}") for suite in HORIZON}
-PRESETS["tiny", "tabletop_pretrain"] |= dict(demos_per_task=150, scale_steps=0, iterations=0)
-PRESETS["tiny", "tabletop"] |= dict(
-    checkpoint=str(Path(__file__).parent / "assets/tabletop"), demos_per_task=1, sft_steps=5, sft_lr=6e-6,
-    iterations=6, groups=16, max_rejected=12, eval_every=2)
-PRESETS |= {("openvla-oft", suite): dict(
-    checkpoint=f"moojink/openvla-7b-oft-finetuned-{suite.replace('_', '-')}", out=f"runs/openvla-oft-{suite}",
-    scale_multiplier=5.0, act_batch=8, micro_batch=4) for suite in LIBERO[:4]}  # LIBERO-90 was not released
+# For the models and suites of this file; others bring theirs. OpenVLA-OFT was not released for LIBERO-90.
+PRESETS = {("tiny", suite): TINY for suite in LIBERO} | {("openvla-oft", suite): dict(
+    checkpoint=f"moojink/openvla-7b-oft-finetuned-{suite.replace('_', '-')}", scale_multiplier=5.0,
+    act_batch=8, micro_batch=4) for suite in LIBERO if suite != "libero_90"}
 PRESETS["openvla-oft", "libero_spatial"] |= dict(scale_multiplier=2.0)
 PRESETS["openvla-oft", "libero_goal"] |= dict(lr=1e-5)
 
@@ -142,6 +144,11 @@ def fail(message):
     say(f"ript.py: {' '.join(str(message).split())[:500]}", sys.stderr)
     sys.unraisablehook = lambda _: None  # what is half made would complain when it is deleted
     sys.exit(2)
+
+def require(condition, message):
+    """Fail unless the condition holds."""
+    if not condition:
+        fail(message)
 
 @contextmanager
 def or_fail(what):
@@ -156,16 +163,18 @@ def parse_config(argv) -> Config:
     parser = HfArgumentParser(Config, usage=__doc__, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message} (python ript.py --help lists the settings)")
     given = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
-    if (preset := PRESETS.get((given.model, given.suite.replace("long", "10")))) is None:
-        suites = [suite for model, suite in PRESETS if model == given.model]
-        fail(f"--model {given.model} is for the suites {', '.join(suites)}")
-    parser.set_defaults(**preset)
+    suite = LONG.get(given.suite, given.suite)
+    preset = PRESETS.get((given.model, suite), {}) | load_suite(suite).PRESET.get(given.model, {})
+    preset |= getattr(load_model(given.model), "PRESET", {}).get(suite, {})
+    require(preset or ":" in suite + given.model, f"--model {given.model} is not made for --suite {suite}")
+    names = [name.split(":")[-1] for name in (given.model, suite) if name != "tiny"]
+    parser.set_defaults(out="runs/" + "_".join(names), **preset)
     if given.resume:
         with or_fail(f"cannot resume {given.resume}, its config.json"):
             saved = Config(**json.loads((Path(given.resume) / "config.json").read_text()))
             parser.set_defaults(**asdict(saved))
     cfg = Config(**vars(parser.parse_args(argv)))
-    return replace(cfg, suite=cfg.suite.replace("long", "10"), out=cfg.resume or cfg.out)
+    return replace(cfg, suite=LONG.get(cfg.suite, cfg.suite), out=cfg.resume or cfg.out)
 
 # --------------------------------------------------------------------------------------- 2. The algorithm
 def leave_one_out_advantage(rewards):
@@ -497,8 +506,8 @@ class OpenVLAOFT(nn.Module):
             if adapter and (at := adapter):
                 folder = Path(adapter)
                 policy.add_lora(json.loads((folder / "adapter_config.json").read_text()))
-                rename = lambda name: name.removeprefix("base_model.model.").replace(".weight", ".default.weight")
-                lora = {rename(name): p for name, p in load_file(folder / "adapter_model.safetensors").items()
+                lora = {name.removeprefix("base_model.model.").replace(".weight", ".default.weight"): p
+                        for name, p in load_file(folder / "adapter_model.safetensors").items()
                         if "lora_" in name}  # the authors' files also have a copy of lm_head
                 policy._fill(lora, dtype)
                 if absent := [name for name in policy.state_dict() if "lora_" in name and name not in lora]:
@@ -692,70 +701,91 @@ class Context:
     state: Optional[np.ndarray] = None  # flattened simulator state to set after the reset
     index: int = -1  # place in a finite set of contexts; -1: drawn anew
 
-def libero_benchmark(suite):
-    """LIBERO's benchmark object of a suite; the first import says where it keeps its settings."""
-    with redirect_stdout(io.StringIO()):
-        from libero.libero import benchmark
-        return benchmark.get_benchmark(suite)()
+@cache
+def load_class(spec, base):
+    """The class that FILE.py:Class names, or an example; `import ript` in the file gives this module."""
+    sys.modules.setdefault("ript", sys.modules[__name__])  # and not a second copy
+    if spec in EXAMPLES:
+        spec = str(Path(__file__).parent / "examples" / EXAMPLES[spec])
+    file, _, name = spec.rpartition(":")
+    try:
+        source = spec_from_loader(file, SourceFileLoader(file, file))
+        module = sys.modules[file] = module_from_spec(source)
+        source.loader.exec_module(module)
+        if not issubclass(getattr(module, name), base):
+            raise TypeError(f"{name} is no subclass of ript.{base.__name__}")
+    except Exception as error:  # whatever the file raises
+        fail(f"cannot load {spec}: {type(error).__name__}: {error}")
+    return getattr(module, name)
+
+@cache
+def load_suite(name):
+    """The class of a suite: LIBERO's and the examples' go by their names, others are FILE.py:Class."""
+    if name in LIBERO:
+        with redirect_stdout(io.StringIO()):  # the first import says where it keeps its settings
+            from libero.libero import benchmark
+            suite = benchmark.get_benchmark(name)()
+        return type(name, (Libero,), dict(
+            BENCHMARK=suite, HORIZON=LIBERO[name], SCRIPTED=name == "libero_object",
+            INSTRUCTIONS=[task.language for task in suite.tasks]))
+    known = ("tabletop", "tabletop_pretrain", *LIBERO, *LONG)
+    require(name in known or ":" in name, f"--suite {name} is none of {', '.join(known)}, FILE.py:Class")
+    return load_class(name, Libero)
+
+def load_model(name):
+    """The class of a policy, by its name or FILE.py:Class."""
+    known = ("tiny", "openvla-oft", "quest")
+    require(name in known or ":" in name, f"--model {name} is none of {', '.join(known)}, FILE.py:Class")
+    return OpenVLAOFT if name in known[:2] else load_class(name, nn.Module)
 
 def tasks_of(cfg) -> dict[int, str]:
     """Numbers and instructions of the tasks that a run is about."""
-    names = ["lift the red cube", "lift the green cube"]
-    if cfg.suite in LIBERO:
-        names = [task.language for task in libero_benchmark(cfg.suite).tasks]
-    if cfg.task >= len(names):
-        fail(f"--task must be below {len(names)} for {cfg.suite}, got {cfg.task}")
-    return {task: name for task, name in enumerate(names) if cfg.task in (task, -1)}
+    texts = load_suite(cfg.suite).INSTRUCTIONS
+    if cfg.task >= len(texts):
+        fail(f"--task must be below {len(texts)} for {cfg.suite}, got {cfg.task}")
+    return {task: text for task, text in enumerate(texts) if cfg.task in (task, -1)}
 
-class Simulator:
-    """One environment, in a process of its own: reset to a context, run a chunk of actions, look."""
-    CAMERAS, REST = ("agentview", "robot0_eye_in_hand"), np.array([0, 0, 0, 0, 0, 0, -1.0])
+class Libero:
+    """A suite of LIBERO: its tasks and, in a process of its own, one environment that simulates them.
 
-    def __init__(self, suite, image_size, collision):
-        self.suite, self.image_size, self.collision = suite, image_size, collision
-        self.tabletop, self.env, self.task = suite not in LIBERO, None, None
+    It is also the protocol of a suite: others derive from it and override what differs.
+    """
+    INSTRUCTIONS, HORIZON = (), 0  # a text per task; the control steps of 50 ms that an episode may take
+    PRESET, BENCHMARK = {}, None  # settings per model, which override PRESETS; LIBERO's object of the suite
+    SCRIPTED = False  # whether expert can do the tasks
+    CAMERAS = ("agentview", "robot0_eye_in_hand")
+    ROBOT = dict(robots=["Panda"], use_camera_obs=False, has_renderer=False, has_offscreen_renderer=True,
+                 ignore_done=True, control_freq=20, hard_reset=False)
+    COLOURS = dict(table=(0.45, 0.45, 0.45), floor=(0.45, 0.45, 0.45), mount0=(0.45, 0.45, 0.45),
+                   gripper0=(0.15, 0.15, 0.2), robot0=(0.75, 0.75, 0.8))
+
+    def __init__(self, image_size, collision):
+        self.image_size, self.collision, self.env, self.task = image_size, collision, None, None
+
+    @classmethod
+    def held_out(cls, task, number):
+        """Simulator states of a task's held-out contexts; None where their seeds, 0, 1, ..., are enough."""
+        return cls.BENCHMARK.get_task_init_states(task)[:number]
 
     def build(self, task):
-        """Make the task's environment, unless it is there: one scene serves both tabletop tasks."""
-        if self.task is None or not (self.tabletop or self.task == task):
-            if self.env:
-                self.env.close()  # EGL wants that before the next one
-            flags = dict(robots=["Panda"], use_camera_obs=False, has_renderer=False, ignore_done=True,
-                         has_offscreen_renderer=True, control_freq=20, hard_reset=False)
-            if self.tabletop:
-                self.env = self.stack(flags)
-            else:
-                from libero.libero.envs.env_wrapper import ControlEnv
-                bddl_file = libero_benchmark(self.suite).get_task_bddl_file_path(task)
-                self.env = ControlEnv(bddl_file_name=bddl_file, **flags).env  # without its wrapper
-            if self.collision:
-                self.paint()
-        self.task, env = task, self.env
-        self.goal = [(env.cubeA_body_id, env.cubeB_body_id)[task]] if self.tabletop else [
-            env.obj_body_id[name] for name in env.obj_of_interest if name in env.obj_body_id]
-
-    def stack(self, flags):
-        """robosuite's Stack scene for the tabletop suites: a stiff arm, the hand 15 cm above the table."""
-        import robosuite
-        controller = robosuite.load_controller_config(default_controller="OSC_POSE")
-        controller["kp"] = 300  # twice the default stiffness: 22 control steps for an episode, not 30
-        for bound in ("output_max", "output_min"):  # 0.05 rad a step, not 0.5: there is nothing to turn
-            controller[bound][3:] = [x / 10 for x in controller[bound][3:]]
-        env = robosuite.make("Stack", controller_configs=controller, initialization_noise=None, **flags)
-        env.robots[0].init_qpos = np.array([0, 0.548, 0, -2.235, 0, 2.910, 0.785])
-        model = env.sim.model
-        model.cam_fovy[model.camera_name2id("agentview")] = 35  # degrees; 45 shows more floor than table
-        return env
+        """Make the task's environment, unless it is there."""
+        if task == self.task:
+            return
+        if self.env:
+            self.env.close()  # EGL wants that before the next one
+        from libero.libero.envs.env_wrapper import ControlEnv
+        bddl_file = self.BENCHMARK.get_task_bddl_file_path(task)
+        self.env = ControlEnv(bddl_file_name=bddl_file, **self.ROBOT).env  # without its wrapper
+        self.task = task
+        self.paint()
 
     def paint(self):
-        """Collision meshes have no material: a colour for each object, the cubes' as instructions have it."""
-        model, grey = self.env.sim.model, (0.45, 0.45, 0.45)
-        known = dict(cubeA=(0.9, 0.1, 0.1), cubeB=(0.1, 0.8, 0.1), table=grey, floor=grey, mount0=grey,
-                     gripper0=(0.15, 0.15, 0.2), robot0=(0.75, 0.75, 0.8))
-        for geom in np.flatnonzero(np.asarray(model.geom_group) == 0):
+        """Collision meshes have no material: a colour for each object."""
+        model = self.env.sim.model
+        for geom in np.flatnonzero(np.asarray(model.geom_group) == 0) if self.collision else ():
             name = (model.geom_id2name(geom) or "").split("_")[0]
-            colour = known.get(name, np.random.default_rng(list(name.encode())).uniform(0.1, 0.9, 3))
-            model.geom_rgba[geom] = (*colour, 1)
+            other = np.random.default_rng(list(name.encode())).uniform(0.1, 0.9, 3)
+            model.geom_rgba[geom] = (*self.COLOURS.get(name, other), 1)
 
     def reset(self, context):
         """Seed, reset, set the state, settle; in this order at every episode, since LIBERO's fixtures are
@@ -763,51 +793,79 @@ class Simulator:
         self.build(context.task)
         np.random.seed(context.seed % 2 ** 32)
         self.env.reset()
-        if self.tabletop:  # cubes in squares of 12 cm, red on the left, green on the right
-            for cube, side in ((self.env.cubeA, -1), (self.env.cubeB, 1)):
-                x, y = np.random.uniform(-0.06, 0.06), side * np.random.uniform(0.04, 0.16)
-                place = self.env.table_offset + (x, y, cube.size[2])
-                self.env.sim.data.set_joint_qpos(cube.joints[0], [*place, 1, 0, 0, 0])
         if context.state is not None:
             self.env.sim.set_state_from_flattened(context.state)
         self.env.sim.forward()
-        for _ in range(0 if self.tabletop else 10):
-            self.env.step(self.REST)
-        self.closing = 0
+        for _ in range(10):
+            self.env.step(np.array([0, 0, 0, 0, 0, 0, -1.0]))
         return 0, False, self.look(), []
 
-    def step(self, actions, film=False):
-        """Run actions (n, 7) until success: -> how many ran, success, the observation then, a film's frames.
+    def success(self):
+        """The reward: whether the task's goal holds."""
+        return self.env._check_success()
 
-        The reward: LIBERO's goal holds, or the cube's centre is 4 cm above the table, which is at 80 cm."""
+    def step(self, actions, film=False):
+        """Run actions (n, 7) until success: -> how many ran, success, the observation, a film's frames."""
         frames = []
         for ran, action in enumerate(actions, 1):
-            self.env.step(action + np.array(SLIP) if self.suite == "tabletop" else action)
-            self.closing = self.closing + 1 if action[6] > 0 else 0
+            self.env.step(action)
             if film:
                 frames.append(self.draw("agentview", 256, False)[::-1])
-            height = self.env.sim.data.body_xpos[self.goal[0]][2] if self.tabletop else 0
-            if height > 0.84 or not self.tabletop and self.env._check_success():
+            if self.success():
                 return ran, True, None, frames
         return ran, False, self.look(), frames
 
     def look(self):
-        """The raw observation by robosuite's names; "goal" and "closing" are for the expert alone."""
-        size, collision, places = self.image_size, self.collision, self.env.sim.data.body_xpos[self.goal]
-        raw = {f"{camera}_image": self.draw(camera, size, collision) for camera in self.CAMERAS}
-        return self.env._get_observations(force_update=True) | raw | dict(goal=places, closing=self.closing)
+        """The raw observation, by robosuite's names."""
+        pictures = {f"{camera}_image": self.draw(camera, self.image_size, self.collision)
+                    for camera in self.CAMERAS}
+        return self.env._get_observations(force_update=True) | pictures
 
     def draw(self, camera, size, collision):
         """One picture (size, size, 3) uint8, upside down as OpenGL has it."""
         self.env.sim._render_context_offscreen.vopt.geomgroup[:2] = (collision, not collision)
         return self.env.sim.render(camera_name=camera, width=size, height=size)
 
-def worker_main(connection, *arguments):
+    def demonstrate(self, context):
+        """An episode of the expert: -> an answer like step's, with pairs (observation, action) for frames.
+
+        Pushes move the hand but not the actions on record, so that demonstrations show how to recover: it
+        trembles, and drifts during the first four steps.
+        """
+        draws = lambda step: np.random.default_rng([context.seed, context.task, step])
+        drift, closing, pairs = draws(1000).uniform(-0.9, 0.9, 3), 0, []
+        _, success, observation, _ = self.reset(context)
+        while not success and len(pairs) < self.HORIZON:
+            push = 0.3 * draws(len(pairs)).standard_normal(3) + (drift if len(pairs) < 4 else 0)
+            action = self.expert(closing)
+            pairs.append((observation, action))
+            closing = closing + 1 if action[6] > 0 else 0  # steps since the hand began to close
+            _, success, observation, _ = self.step([action + np.append(push, [0] * 4)])
+        return len(pairs), success, None, pairs
+
+    def expert(self, closing):
+        """The next action (7,) in LIBERO-Object: above the thing, down, close, up, to the basket, open."""
+        data, bodies, hand = self.env.sim.data, self.env.obj_body_id, self.env._eef_xpos
+        thing, basket = (data.body_xpos[bodies[name]] for name in self.env.obj_of_interest if name in bodies)
+        off = lambda place: np.abs(place[:2] - hand[:2]).max()  # metres
+        low, height = thing[2] + 0.01, basket[2] + 0.3
+        if off(basket) < 0.03 or closing >= 8:
+            way = basket if hand[2] > height - 0.04 else hand
+            return self.toward(way, height, -1 if off(basket) < 0.03 else 1)
+        if closing or off(thing) < 0.012 and hand[2] < low + 0.012:
+            return self.toward(hand, low, 1)
+        return self.toward(thing, low if off(thing) < 0.02 else thing[2] + 0.12, -1)
+
+    def toward(self, place, z, grip):
+        """The action of a hand on its way to a place, at the height z; grip: -1 open, 1 closed."""
+        return np.array([*np.clip(15 * ([*place[:2], z] - self.env._eef_xpos), -1, 1), 0, 0, 0, grip])
+
+def worker_main(connection, cfg):
     """A simulator process: answers (method, *arguments) with (result, None) or (None, traceback)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer; this process ends after it
     logging.disable(logging.WARNING)  # robosuite's remarks about its macros
     torch.set_num_threads(1)
-    simulator = Simulator(*arguments)
+    simulator = load_suite(cfg.suite)(cfg.image_size, cfg.collision)
     try:
         while True:
             method, *arguments = connection.recv()
@@ -820,52 +878,51 @@ def worker_main(connection, *arguments):
 
 class Worker:
     """The trainer's end of a simulator process, and the episode it is running."""
-    PATIENCE, TRIES = 120, 3  # seconds for an answer; processes for an episode
+    PATIENCE, TRIES = 300, 3  # seconds for an answer; processes for an episode
 
     def __init__(self, cfg, task):
-        self.arguments, self.task = (cfg.suite, cfg.image_size, cfg.collision), task
+        self.cfg, self.task = cfg, task
         self.episode, self.observation, self.process = None, None, None
         self.spawn()
 
     def spawn(self):
-        """Start the process, in place of one that died or hangs."""
+        """Start the process, in place of one that failed."""
         if self.process:
             self.process.kill()
-            self.process.join()
         context = multiprocessing.get_context("spawn")  # OpenGL and CUDA do not survive a fork
         self.connection, child = context.Pipe()
-        self.process = context.Process(target=worker_main, args=(child, *self.arguments), daemon=True)
+        self.process = context.Process(target=worker_main, args=(child, self.cfg), daemon=True)
         self.process.start()
         child.close()
 
-    def begin(self, episode, tries=TRIES):
+    def begin(self, episode, method="reset", tries=TRIES):
         """Start an episode; a rollout is a function of its numbers, so starting again changes nothing."""
         episode.records, episode.executed, episode.frames = [], [], []
-        self.episode, self.task, self.tries = episode, episode.context.task, tries
-        self.send("reset", episode.context)
+        self.episode, self.method, self.tries = episode, method, tries
+        self.task, self.observation = episode.context.task, None
+        self.send(method, episode.context)
 
     def send(self, method, *arguments):
-        """Ask for Simulator.method(*arguments); if the process is dead, receive notices."""
-        try:
+        """Ask for a method of the simulator; if the process is dead, receive notices."""
+        with suppress(OSError):
             self.connection.send((method, *arguments))
-        except OSError:
-            pass
 
     def receive(self):
-        """The answer to the last send; where it fails, the episode's reset in a new process, 3 times at most.
-
-        Raises RuntimeError with the last failure."""
+        """The answer to the last send; where it fails, the episode's beginning in a new process."""
+        watchdog = threading.Timer(self.PATIENCE, self.process.kill)  # recv itself waits for ever
+        watchdog.start()
         try:
-            hangs = not self.connection.poll(self.PATIENCE)
-            result, error = (None, "it hangs") if hangs else self.connection.recv()
+            result, error = self.connection.recv()
         except (EOFError, OSError):
-            error = "it died"
+            error = f"it died, or was silent for {self.PATIENCE} s"
+        finally:
+            watchdog.cancel()
         if not error:
             return result
         if self.tries == 1:
             raise RuntimeError(f"the simulator failed {self.TRIES} times at {self.episode.context}: {error}")
         self.spawn()
-        self.begin(self.episode, self.tries - 1)
+        self.begin(self.episode, self.method, self.tries - 1)
         return self.receive()
 
 # ------------------------------------------------------------------------------------------- 6. Rollouts
@@ -878,45 +935,48 @@ class Episode:
     records: list = field(default_factory=list)  # of the policy, one per query
     executed: list = field(default_factory=list)  # action steps executed of each query's H
     success: bool = False
-    frames: list = field(default_factory=list)
+    frames: list = field(default_factory=list)  # of a film; of a demonstration (raw observation, action)
 
-def simulate(policy, workers, queue, cfg, explore=None, film=False):
+def simulate(policy, workers, queue, cfg, explore=None, film=False, method="reset"):
     """Roll out every Episode of a deque, which the caller may extend meanwhile; yield each as it ends.
 
     Half of the workers simulate while the policy answers the other half; a worker that is free takes the next
     of the queue in the same round. explore(episode) is the Generator of its next query; None takes the mean.
+    The method "demonstrate" leaves whole episodes to the suite's expert.
     """
-    horizon, threads = HORIZON[cfg.suite], torch.get_num_threads()
+    horizon, threads = load_suite(cfg.suite).HORIZON, torch.get_num_threads()
     torch.set_num_threads(1)  # the workers want the other cores
     while queue or any(worker.episode for worker in workers):
         for half in (workers[::2], workers[1::2]):
-            ready = []
             for worker in half:
                 if episode := worker.episode:
                     ran, episode.success, worker.observation, frames = worker.receive()
                     episode.executed += [ran] if ran else []  # a reset runs none
                     episode.frames += frames
                     if episode.success or sum(episode.executed) == horizon:
-                        worker.episode = None
+                        worker.episode, worker.observation = None, None
                         yield episode
-                    else:
-                        ready.append(worker)
                 if queue and not worker.episode:  # the worker's own task first: its environment is there
                     episode = next((e for e in queue if e.context.task == worker.task), queue[0])
                     queue.remove(episode)
-                    worker.begin(episode)
-            size = cfg.act_batch or len(ready) or 1
-            for batch in (ready[i:i + size] for i in range(0, len(ready), size)):
-                began, episodes = time.time(), [worker.episode for worker in batch]
-                records = policy.act([policy.preprocess(worker.observation) for worker in batch],
-                                     [episode.context.instruction for episode in episodes],
-                                     explore and [explore(episode) for episode in episodes])
-                for worker, episode, record in zip(batch, episodes, records):
-                    if not np.isfinite(record["actions"]).all():
-                        raise RuntimeError(f"action not finite in group {episode.group}, {episode.context}")
-                    worker.send("step", record.pop("actions")[:horizon - sum(episode.executed)], film)
-                    episode.records.append(dict(record, seconds=(time.time() - began) / len(batch)))
+                    worker.begin(episode, method)
+            ready, size = [worker for worker in half if worker.observation], cfg.act_batch or len(workers)
+            for start in range(0, len(ready), size):
+                respond(policy, ready[start:start + size], horizon, explore, film)
     torch.set_num_threads(threads)
+
+def respond(policy, workers, horizon, explore, film):
+    """From what some workers see to the actions that they run next, in one batch."""
+    began, episodes = time.time(), [worker.episode for worker in workers]
+    records = policy.act([policy.preprocess(worker.observation) for worker in workers],
+                         [episode.context.instruction for episode in episodes],
+                         explore and [explore(episode) for episode in episodes])
+    for worker, episode, record in zip(workers, episodes, records):
+        actions = record.pop("actions")[:horizon - sum(episode.executed)]
+        if not np.isfinite(actions).all():
+            raise RuntimeError(f"action not finite in group {episode.group}, {episode.context}")
+        worker.send("step", actions, film)
+        episode.records.append(dict(record, seconds=(time.time() - began) / len(workers)))
 
 def fate(group) -> str:
     """Of K episodes: "kept" if their rewards differ; else "solved" or "failed", which is to be rejected."""
@@ -931,20 +991,13 @@ def collect(policy, workers, context_of, run, cfg):
     quick episodes are not favoured, and nothing that runs is thrown away. A context of a finite set, once
     solved K of K, is skipped 3 times. Of other ranks' episodes all is known but the records.
     """
-    began, queue, groups, numbers, ticket, ended = time.time(), deque(), {}, [], None, Counter()
+    began, queue, groups, ended, ticket = time.time(), deque(), {}, Counter(), None
+    stream = (number for number in itertools.count(run["group"]) if number not in run["skip"])
+    numbers = list(itertools.islice(stream, cfg.groups + cfg.max_rejected))
     explore = lambda e: np.random.default_rng((cfg.seed, run["iteration"], e.group, e.k, len(e.records)))
     store = STORE or distributed.HashStore()
     count = lambda what, more=0: store.add(f"{run['iteration']} {what}", more)
     allowed = lambda: cfg.groups + min(count("rejected"), cfg.max_rejected)
-
-    def number_of(ticket):  # every rank counts one stream of contexts, less those to skip
-        while len(numbers) <= ticket:
-            index, run["group"] = context_of(run["group"]).index, run["group"] + 1
-            if run["skip"].get(index, 0) > 0:
-                run["skip"][index] -= 1
-            else:
-                numbers.append(run["group"] - 1)
-        return numbers[ticket]
 
     def launch():  # this rank's share at first, then whatever is allowed when workers run out of episodes
         nonlocal ticket
@@ -952,150 +1005,118 @@ def collect(policy, workers, context_of, run, cfg):
             ticket = count("taken", 1) - 1 if ticket is None else ticket
             if ticket >= allowed():
                 return
-            number, ticket = number_of(ticket), None
+            number, ticket = numbers[ticket], None
             groups[number] = [Episode(context_of(number), number, k) for k in range(cfg.rollouts)]
             queue.extend(groups[number])
 
-    with tqdm(desc=f"iteration {run['iteration'] + 1}", leave=False, disable=None) as bar:
-        while count("ended") < allowed():
+    while count("ended") < allowed():
+        launch()
+        episodes = simulate(policy, workers, queue, cfg, explore)
+        for episode in tqdm(episodes, f"iteration {run['iteration'] + 1}", leave=False, disable=None):
+            ended[episode.group] += 1
+            if ended[episode.group] == cfg.rollouts:
+                count("rejected", int(fate(groups[episode.group]) != "kept"))
+                count("ended", 1)
             launch()
-            for episode in simulate(policy, workers, queue, cfg, explore):
-                bar.update()
-                ended[episode.group] += 1
-                if ended[episode.group] == cfg.rollouts:
-                    count("rejected", int(fate(groups[episode.group]) != "kept"))
-                    count("ended", 1)
-                launch()
-            time.sleep(0.05 * (WORLD > 1))  # another rank may still reject a group
-    records = [r for group in groups.values() for e in group for r in e.records]
-    scale, policy_seconds = (np.mean(gather(sum(r[key] for r in records))) for key in ("scale", "seconds"))
+        time.sleep(0.05 * (WORLD > 1))  # another rank may still reject a group
+    totals = [(r["scale"], r["seconds"], 1) for group in groups.values() for e in group for r in e.records]
+    scale, seconds_policy, queries = sum(gather(np.sum(totals or [(0, 0, 0)], 0)))
     for others in gather({n: [replace(e, records=[]) for e in group] for n, group in groups.items()}):
         groups = others | groups
-    number_of(len(groups) - 1)
-    fates, everything = {n: fate(groups[n]) for n in sorted(groups)}, sum(groups.values(), [])
-    kept, solved = ([n for n in fates if fates[n] == end] for end in ("kept", "solved"))
-    run["skip"] |= {groups[n][0].context.index: 3 for n in solved if groups[n][0].context.index >= 0}
-    if len(kept) < cfg.groups:
-        warn(Counter(fates.values()), cfg)
-    steps, queries = (sum(measure(e.executed) for e in everything) for measure in (sum, len))
-    seconds = time.time() - began
-    stats = dict(rollout_success=np.mean([e.success for e in everything]), rollouts=len(everything),
-                 kept=len(kept), solved=len(solved), failed=len(groups) - len(kept) - len(solved),
-                 rejected=1 - len(kept) / len(groups), scale=scale * WORLD / queries, env_steps=steps,
-                 seconds_rollouts=seconds, seconds_policy=policy_seconds, steps_per_second=steps / seconds)
-    rewards = torch.tensor([[float(e.success) for e in groups[n]] for n in kept])
-    return [e for n in kept for e in groups[n]], rewards, stats
+    groups = dict(sorted(groups.items()))
+    run["group"] = numbers[len(groups) - 1] + 1
+    for solved in (group[0].context.index for group in groups.values() if fate(group) == "solved"):
+        again = (n for n in itertools.count(run["group"]) if context_of(n).index == solved)
+        run["skip"] += itertools.islice(again, 3 if solved >= 0 else 0)
+    kept = [group for group in groups.values() if fate(group) == "kept"]
+    stats = summary(list(groups.values()), time.time() - began, cfg)
+    stats |= dict(scale=scale / queries, seconds_policy=seconds_policy / WORLD)
+    return sum(kept, []), torch.tensor([[float(e.success) for e in group] for group in kept]), stats
 
-def warn(ends, cfg):
-    """Name the cause when the cap on rejections ends an iteration; ends counts the fates of groups."""
-    cause = ("too hard: start from a better policy or easier tasks" if not ends["solved"] else
-             "too easy: little is left to learn" if not ends["failed"] else
-             "too deterministic: contexts decide, not exploration; raise --scale_multiplier")
-    say(f"only {ends['kept']} of {cfg.groups} groups have signal, {ends['solved']} succeeded K of K, "
-        f"{ends['failed']} failed K of K; {cause}")
+def summary(groups, seconds, cfg):
+    """Statistics of an iteration's groups; says why, where the cap on rejections ended it."""
+    episodes, fates = sum(groups, []), Counter(map(fate, groups))
+    kept, solved, failed = (fates[end] for end in ("kept", "solved", "failed"))
+    if kept < cfg.groups:
+        cause = ("too hard: start from a better policy or easier tasks" if not solved else
+                 "too easy: little is left to learn" if not failed else
+                 "too deterministic: contexts decide, not exploration; raise --scale_multiplier")
+        say(f"only {kept} of {cfg.groups} groups have signal, {solved} succeeded K of K, "
+            f"{failed} failed K of K; {cause}")
+    steps = sum(sum(episode.executed) for episode in episodes)
+    return dict(rollout_success=np.mean([episode.success for episode in episodes]), rollouts=len(episodes),
+                kept=kept, solved=solved, failed=failed, rejected=1 - kept / len(groups), env_steps=steps,
+                seconds_rollouts=seconds, steps_per_second=steps / seconds)
 
 # ---------------------------------------------------------------------------------------- 7. Supervision
-class Expert:
-    """A hand that knows where things are: above, down, close, up; in LIBERO-Object to the basket, and open.
-
-    It acts as policies do, a step per query. Pushes, (3,) each, move the hand but not the labels on record,
-    so that demonstrations show how to recover.
-    """
-    KNOWS = ("robot0_eef_pos", "goal", "closing")  # metres, metres, steps since the gripper began to close
-
-    def __init__(self, policy):
-        self.policy = policy
-
-    def preprocess(self, raw):
-        return {name: raw[name] for name in self.KNOWS} | dict(observation=self.policy.preprocess(raw))
-
-    def act(self, observations, instructions, pushes):
-        """A record per observation: the one step to run, and the action that it should have been."""
-        labels = [self.action(*(seen[name] for name in self.KNOWS)) for seen in observations]
-        return [dict(observation=seen["observation"], label=label, actions=[label + np.append(push, [0] * 4)])
-                for seen, label, push in zip(observations, labels, pushes)]
-
-    def action(self, hand, goal, closing):
-        """The next action, (7,), from what the expert KNOWS."""
-        off = lambda place: np.abs(place[:2] - hand[:2]).max()
-        move = lambda to, z, grip: np.array([*np.clip(15 * ([*to[:2], z] - hand), -1, 1), 0, 0, 0, grip])
-        target, tabletop = goal[0], len(goal) == 1
-        low, hover, hold = (0.815, 0.88, 6) if tabletop else (target[2] + 0.01, target[2] + 0.12, 8)
-        if closing >= hold and tabletop:
-            return move(hand, 1, 1)
-        if not tabletop and (off(goal[1]) < 0.03 or closing >= hold):  # over the basket, or on the way
-            height = goal[1][2] + 0.3
-            above = hand[2] > height - 0.04
-            return move(goal[1] if above else hand, height, -1 if off(goal[1]) < 0.03 else 1)
-        if closing or off(target) < 0.012 and hand[2] < low + 0.012:
-            return move(hand, low, 1)
-        return move(target, low if off(target) < 0.02 else hover, -1)
-
 def scripted_demonstrations(policy, workers, cfg):
-    """Episodes in which the scripted expert succeeds, cfg.demos_per_task of every task."""
+    """Episodes in which the suite's expert succeeds, cfg.demos_per_task of every task."""
     seeds = range(DEMO_SEEDS * (1 + cfg.seed), DEMO_SEEDS * (1 + cfg.seed) + cfg.demos_per_task)
     contexts = [Context(task, text, seed) for seed in seeds for task, text in tasks_of(cfg).items()]
     queue, demos, attempts = deque(Episode(c, number) for number, c in enumerate(contexts)), [], 0
-
-    def push(episode):  # the hand trembles, and drifts during the first four steps
-        draw = lambda step: np.random.default_rng([episode.context.seed, episode.context.task, step])
-        tremble, drift = draw(len(episode.records)).standard_normal(3), draw(1000).uniform(-0.9, 0.9, 3)
-        return 0.3 * tremble + (drift if len(episode.records) < 4 else 0)
-
-    episodes = simulate(Expert(policy), workers, queue, cfg, push)
+    episodes = simulate(policy, workers, queue, cfg, method="demonstrate")
     for episode in tqdm(episodes, "demonstrations", leave=False, disable=None):
         attempts += 1
         if episode.success:
-            demos.append(episode)
+            records = [dict(look=partial(dict, raw), label=action) for raw, action in episode.frames]
+            demos.append(replace(episode, records=records, frames=[]))
         elif attempts < 50 + 3 * len(contexts):  # another scene instead
             queue.append(Episode(replace(episode.context, seed=episode.context.seed + 1000), episode.group))
     say(f"scripted expert: success in {interval(len(demos), attempts)} of attempts")
     return sorted(demos, key=lambda demo: demo.group)
 
-def libero_demonstrations(policy, cfg):
+def libero_row(demo, t):
+    """Step t of a demonstration in LIBERO's HDF5 files, as the simulator's arrays."""
+    names = dict(agentview_image="agentview_rgb", robot0_eye_in_hand_image="eye_in_hand_rgb",
+                 robot0_eef_pos="ee_pos", robot0_joint_pos="joint_states",
+                 robot0_gripper_qpos="gripper_states")
+    turn = Rotation.from_rotvec(demo["obs/ee_ori"][t]).as_quat()
+    return {name: demo[f"obs/{theirs}"][t] for name, theirs in names.items()} | dict(robot0_eef_quat=turn)
+
+def libero_demonstrations(cfg):
     """Episodes from LIBERO's HDF5 files in cfg.demos; row 0 of their states is their context."""
-    demos, names = [], ("agentview_rgb", "eye_in_hand_rgb", "ee_pos", "gripper_states", "ee_ori")
-    keys = [f"{name}_image" for name in Simulator.CAMERAS] + [
-        f"robot0_{name}" for name in ("eef_pos", "gripper_qpos", "eef_quat")]
+    demos = []
     for task, instruction in tasks_of(cfg).items():
-        path = Path(cfg.demos) / f"{libero_benchmark(cfg.suite).tasks[task].name}_demo.hdf5"
-        try:
-            with h5py.File(path) as file:
-                for key in sorted(file["data"], key=lambda key: int(key.split("_")[1])):
-                    demo, actions = file["data"][key], file["data"][key]["actions"][:]
-                    columns = [demo["obs"][name][:] for name in names]
-                    columns[-1] = Rotation.from_rotvec(columns[-1]).as_quat()
-                    if actions.shape != (len(columns[0]), 7) or columns[0].shape[1] != cfg.image_size:
-                        raise ValueError(f"{key} has actions {actions.shape}, pictures {columns[0].shape}: "
-                                         "set --image_size to theirs, with --collision false")
-                    context = Context(task, instruction, 0, demo["states"][0], len(demos))
-                    rows = (policy.preprocess(dict(zip(keys, row))) for row in zip(*columns))
-                    demos.append(Episode(context, records=[
-                        dict(observation=row, label=action) for row, action in zip(rows, actions)]))
-        except (OSError, KeyError, ValueError) as error:
-            fail(f"cannot read the demonstrations in {path}: {error}")
+        path = Path(cfg.demos) / f"{load_suite(cfg.suite).BENCHMARK.tasks[task].name}_demo.hdf5"
+        with or_fail(f"cannot read the demonstrations in {path}"):
+            data = h5py.File(path)["data"]  # stays open: what is looked at is read when it is
+            for key in sorted(data, key=lambda key: int(key.split("_")[1])):
+                demo, actions = data[key], data[key]["actions"][:]
+                pictures = demo["obs/agentview_rgb"].shape
+                libero_row(demo, -1)  # an error now and not in an hour
+                if actions.shape != (pictures[0], 7) or cfg.model == "tiny" and pictures[1] != cfg.image_size:
+                    raise ValueError(f"{key} has actions {actions.shape}, pictures {pictures}: "
+                                     "set --image_size to theirs, with --collision false")
+                context = Context(task, instruction, 0, demo["states"][0], len(demos))
+                looks = [partial(libero_row, demo, t) for t in range(len(actions))]
+                records = [dict(look=look, label=action) for look, action in zip(looks, actions)]
+                demos.append(Episode(context, records=records))
     return demos
 
 def fit(policy, stage, demos, steps, lr, seed, batch):
     """AdamW on policy.imitation_loss at random steps of demonstrations: -> the mean loss of the last tenth.
 
-    Warm-up and cosine decay. A chunk that outlasts its demonstration repeats the last action.
+    stage "sft": L1, all but the scale head. "scale": the scale head alone, by Laplace NLL. Warm-up and cosine
+    decay. A chunk that outlasts its demonstration repeats the last action.
     """
-    rng, losses, horizon = np.random.default_rng([seed, 0]), [], policy.chunk
-    groups = policy.trainable(stage)
-    parameters, optimizer = [p for group in groups for p in group["params"]], torch.optim.AdamW(groups)
-    index = [(demo, t) for demo in demos for t in range(len(demo.records))]
+    rng, losses, samples, groups = np.random.default_rng([seed, 0]), [], [], policy.trainable(stage)
+    optimizer = torch.optim.AdamW(groups)
+    for demo in demos:
+        labels = np.array([record["label"] for record in demo.records])
+        for t, record in enumerate(demo.records):
+            ahead = np.arange(t, t + policy.chunk).clip(max=len(labels) - 1)
+            samples.append((record["look"], demo.context.instruction, labels[ahead]))
     for step in tqdm(range(steps), stage, leave=False, disable=None):
         rise, fall = min(1, (step + 1) * 20 / steps), 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        optimizer.param_groups[0]["lr"] = lr * rise * fall
-        picked = [index[i] for i in rng.integers(len(index), size=batch)]
-        chunks = [[demo.records[min(t + h, len(demo.records) - 1)]["label"] for h in range(horizon)]
-                  for demo, t in picked]
-        loss = policy.imitation_loss(stage, [demo.records[t]["observation"] for demo, t in picked],
-                                     [demo.context.instruction for demo, _ in picked], np.array(chunks))
+        picked = [samples[i] for i in rng.integers(len(samples), size=batch)]
+        looks, instructions, chunks = zip(*picked)
+        observations = [policy.preprocess(look()) for look in looks]
+        loss = policy.imitation_loss(stage, observations, instructions, np.array(chunks))
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * rise * fall
+            nn.utils.clip_grad_norm_(group["params"], 1.0)
         optimizer.step()
         losses.append(loss.item())
     return np.mean(losses[-math.ceil(steps / 10):])
@@ -1158,14 +1179,10 @@ def update(policy, optimizer, episodes, rewards, cfg, run):
 
 # ----------------------------------------------------------------------------------------- 9. Evaluation
 def evaluation_contexts(cfg):
-    """The held-out contexts: LIBERO's stored states; tabletop: seeds that nothing else uses."""
-    contexts = []
-    for task, instruction in tasks_of(cfg).items():
-        states = [None] * cfg.eval_contexts
-        if cfg.suite in LIBERO:
-            states = libero_benchmark(cfg.suite).get_task_init_states(task)[:cfg.eval_contexts]
-        contexts += [Context(task, instruction, i, state) for i, state in enumerate(states)]
-    return contexts
+    """The held-out contexts of the suite; nothing else uses their seeds."""
+    suite = load_suite(cfg.suite)
+    return [Context(task, instruction, i, state) for task, instruction in tasks_of(cfg).items()
+            for i, state in enumerate(suite.held_out(task, cfg.eval_contexts))]
 
 def training_context(number, tasks, demos, cfg):
     """Of an endless stream: the demonstrations' first scenes, in a new order at each pass, or fresh ones."""
@@ -1274,11 +1291,6 @@ def load_run(out, policy, optimizer):
     return run
 
 # --------------------------------------------------------------------------------------------- 11. Main
-def require(condition, message):
-    """Fail unless the condition holds."""
-    if not condition:
-        fail(message)
-
 def check(cfg):
     """What can be known to go wrong, before any long work starts."""
     least = dict(rollouts=2, image_size=16, task=-1, seed=0, iterations=0, sft_steps=0, scale_steps=0,
@@ -1289,9 +1301,9 @@ def check(cfg):
         elif type(value) in (int, float):
             require(0 < value < math.inf, f"--{name} must be a number above 0, got {value}")
     require(cfg.momentum < 1, f"--momentum must be below 1, got {cfg.momentum}")
-    require(not cfg.demos or cfg.suite in LIBERO, f"{cfg.suite} makes its own demonstrations, without --demos")
-    require(not cfg.eval or cfg.checkpoint, "--eval needs --checkpoint DIR, the directory of a saved policy")
-    require(mujoco.__version__ == MUJOCO, f"MuJoCo {mujoco.__version__} differs: pip install mujoco=={MUJOCO}")
+    require(not cfg.demos or cfg.suite in LIBERO, f"{cfg.suite} has demonstrations without --demos")
+    require(not cfg.eval or cfg.checkpoint or cfg.model != "tiny", "--eval needs --checkpoint DIR")
+    require(mujoco.__version__ == MUJOCO, f"MuJoCo must be {MUJOCO}: pip install mujoco=={MUJOCO}")
     with or_fail(f"--device {cfg.device} cannot be used"):
         torch.empty(0, device=cfg.device)
     with or_fail("no headless OpenGL (on Debian, apt-get install libegl1 libgl1-mesa-dri)"):
@@ -1302,12 +1314,13 @@ def check(cfg):
 
 def supervise(policy, workers, demos, cfg):
     """Stage 2 on LIBERO's demonstrations or the scripted expert's: SFT, then the scale head."""
-    if not demos and cfg.suite in SCRIPTED:
+    if not demos and load_suite(cfg.suite).SCRIPTED:
         demos = scripted_demonstrations(policy, workers, cfg)
     if not demos:
         return say(f"no stage 2: no demonstrations of {cfg.suite}, --demos DIR gives LIBERO's HDF5 files")
     if cfg.model == "tiny" and not cfg.checkpoint:
-        proprio = [record["observation"]["proprio"] for demo in demos for record in demo.records]
+        looks = [record["look"]() for demo in demos for record in demo.records]
+        proprio = [policy.preprocess(raw)["proprio"] for raw in looks]
         bounds = np.quantile(proprio, (0.01, 0.99), 0).tolist()
         policy.arch.statistics["proprio"] = dict(zip(("q01", "q99"), bounds))
     if cfg.sft_steps:
@@ -1324,8 +1337,8 @@ def main(argv=None):
     join(cfg.device)
     torch.manual_seed(cfg.seed)
     resumed = cfg.resume and (out / "run.pt").exists()  # a run stopped before that starts again
-    policy = OpenVLAOFT.load(cfg, out / "sft" if resumed else "")
-    demos = libero_demonstrations(policy, cfg) if cfg.demos else []
+    policy = load_model(cfg.model).load(cfg, out / "sft" if resumed else "")
+    demos = libero_demonstrations(cfg) if cfg.demos else []
     write(out / "config.json", lambda path: path.write_text(json.dumps(asdict(cfg), indent=1)))
     workers = [Worker(cfg, tasks[i % len(tasks)][0]) for i in range(cfg.workers)]
     held_out = evaluation_contexts(cfg)
@@ -1344,7 +1357,7 @@ def main(argv=None):
     if resumed:
         run = load_run(out, policy, optimizer)
     else:
-        run = dict(iteration=0, group=0, skip={}, best=-1.0, history=[], results=dict(SFT=success()))
+        run = dict(iteration=0, group=0, skip=[], best=-1.0, history=[], results=dict(SFT=success()))
         save_run(out, policy, optimizer, run, dict(eval_success=np.mean(run["results"]["SFT"])))
     say(table(held_out, dict(SFT=run["results"]["SFT"])))
     while run["iteration"] < cfg.iterations:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 import ript
-from ript import Architecture, Config, Context, Episode, OpenVLAOFT, Simulator, Worker
+from ript import Architecture, Config, Context, Episode, Libero, OpenVLAOFT, Worker, load_suite
 
 HERE = Path(__file__).parent
 GOLDEN = Path(os.environ.get("RIPT_GOLDEN", HERE / ".." / "shared" / "golden"))
@@ -437,7 +438,7 @@ def libero_or_skip():
 
 @pytest.fixture(scope="module")
 def simulator():
-    simulator = Simulator("tabletop_pretrain", 64, True)
+    simulator = load_suite("tabletop_pretrain")(64, True)
     yield simulator
     simulator.env.close()
 
@@ -474,22 +475,11 @@ def test_the_cubes_have_the_colours_that_the_instructions_name(simulator):
     assert red.sum() > 5 and green.sum() > 5
 
 
-def act_as_expert(simulator, context):
-    """The scripted expert's steady hand: -> whether it succeeded, in how many steps, the last observation."""
-    expert, steps = ript.Expert(small_policy()), 0
-    _, success, raw, _ = simulator.reset(context)
-    while not success and steps < 32:
-        seen = expert.preprocess(raw)
-        ran, success, raw, _ = simulator.step([expert.action(*(seen[name] for name in expert.KNOWS))])
-        steps += ran
-    return success, steps, raw
-
-
 @pytest.mark.parametrize("task", [0, 1])
 def test_success_is_the_named_cube_lifted_and_the_expert_lifts_it(simulator, task):
-    success, steps, raw = act_as_expert(simulator, Context(task, TASKS[task], 1_000_000))
+    steps, success, _, pairs = simulator.demonstrate(Context(task, TASKS[task], 1_000_000))
     height = [simulator.env.sim.data.body_xpos[body][2] for body in (simulator.env.cubeA_body_id, simulator.env.cubeB_body_id)]
-    assert success and raw is None and 15 < steps < 32
+    assert success and 15 < steps == len(pairs) <= 32
     assert height[task] > 0.84 > height[1 - task]  # 4 cm above the table; a cube's centre rests at 2 or 2.5 cm
 
 
@@ -499,13 +489,13 @@ def test_scripted_demonstrations_are_successes_with_clean_labels_whatever_the_nu
         demos = ript.scripted_demonstrations(small_policy(), workers[:n], config("--demos_per_task", 2))
         assert [demo.context.task for demo in demos] == [0, 1, 0, 1] and all(demo.success for demo in demos)
         assert all(np.abs(r["label"]).max() <= 1 for demo in demos for r in demo.records)
-        seen.append([(demo.context.seed, r["label"].tobytes(), r["observation"]["pictures"].tobytes())
+        seen.append([(demo.context.seed, r["label"].tobytes(), r["look"]()["agentview_image"].tobytes())
                      for demo in demos for r in demo.records])
     assert seen[0] == seen[1]
 
 
 def test_the_arm_of_the_tabletop_suite_is_worn(simulator):
-    worn, hands = Simulator("tabletop", 64, True), []
+    worn, hands = load_suite("tabletop")(64, True), []
     for arm in (simulator, worn):
         arm.reset(Context(0, TASKS[0], 3))
         hands.append(arm.step(np.zeros((8, 7)))[2]["robot0_eef_pos"])
@@ -523,8 +513,34 @@ def test_a_chunk_stops_at_success_and_pictures_are_drawn_only_after_it(simulator
     assert (ran, success, len(drawn)) == (8, False, 4) and observation["agentview_image"].shape == (64, 64, 3)
 
 
+NUDGE = """
+import ript
+
+class Nudge(ript.load_suite("tabletop")):
+    INSTRUCTIONS = ["raise the green cube"]
+
+    def build(self, task):
+        assert isinstance(self, ript.Libero) and ript.Worker is not None
+        super().build(1)
+
+    def success(self):
+        return bool(self.cube()[2] > 0.82 and self.task == 1)
+"""
+
+
+def test_a_suite_in_a_file_of_its_own_runs_from_the_command_line(tmp_path):
+    (tmp_path / "nudge.py").write_text(NUDGE)
+    done = launch("--suite", f"{tmp_path}/nudge.py:Nudge", *QUICK, "--iterations", 1, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "raise the green cube" in done.stdout and (tmp_path / "run/task0.mp4").stat().st_size > 1000
+    rows = rows_without_seconds(tmp_path / "run")
+    assert rows[1]["rollouts"] >= 6 and rows[1]["env_steps"] > 6
+    contents = (tmp_path / "run/evaluation.csv").read_text()
+    assert "0,raise the green cube,1," in contents and "red" not in contents
+
+
 def run_of(iteration=0, group=0):
-    return dict(iteration=iteration, group=group, skip={})
+    return dict(iteration=iteration, group=group, skip=[])
 
 
 def collect_with(workers, policy, cfg, run=None):
@@ -533,7 +549,7 @@ def collect_with(workers, policy, cfg, run=None):
 
 
 def pretrained():
-    return OpenVLAOFT.from_pretrained(ript.PRESETS["tiny", "tabletop"]["checkpoint"])
+    return OpenVLAOFT.from_pretrained(config().checkpoint)
 
 
 def test_the_kept_set_does_not_depend_on_the_number_of_workers(workers):
@@ -672,10 +688,10 @@ def test_sft_learns_and_the_scale_head_is_fitted_alone(workers):
     policy, cfg = small_policy(), config("--sft_steps", 40, "--scale_steps", 20, "--sft_lr", 1e-3, "--demos_per_task", 1)
     demos = ript.scripted_demonstrations(policy, workers, cfg)
     records = demos[0].records
-    batch = ([r["observation"] for r in records[:4]], [TASKS[0]] * 4,
+    batch = ([policy.preprocess(r["look"]()) for r in records[:4]], [TASKS[0]] * 4,
              np.array([[r["label"] for r in records[i:i + 8]] for i in range(4)]))
     before = policy.imitation_loss("sft", *batch).item()
-    ript.sft(policy, demos, cfg)
+    ript.fit(policy, "sft", demos, cfg.sft_steps, cfg.sft_lr, cfg.seed, batch=64)
     assert policy.imitation_loss("sft", *batch).item() < 0.7 * before
     frozen, before = {name: p.clone() for name, p in trained(policy, "sft").items()}, policy.imitation_loss("scale", *batch).item()
     ript.fit_scale_head(policy, demos, cfg)
@@ -821,7 +837,7 @@ def test_an_iteration_of_openvla_oft_in_libero(tmp_path, monkeypatch):
     """The released checkpoint's form, tiny and random: so every group is kept, and an episode has 16 steps."""
     libero_or_skip()
     golden("golden_oft")
-    monkeypatch.setitem(ript.HORIZON, "libero_10", 16)
+    monkeypatch.setattr(ript.load_suite("libero_10"), "HORIZON", 16)
     monkeypatch.setattr(ript, "fate", lambda group: "kept")
     monkeypatch.setattr(ript, "leave_one_out_advantage", lambda rewards: rewards + torch.tensor([1.0, -1.0]))
     run = ["--model", "openvla-oft", "--suite", "libero_long", "--task", "2", "--checkpoint", str(GOLDEN / "tiny_oft"),
@@ -842,7 +858,7 @@ def test_an_iteration_of_openvla_oft_in_libero(tmp_path, monkeypatch):
 @pytest.mark.parametrize("suite,task", [("libero_goal", 1), ("libero_10", 2)])
 def test_libero_resets_softly_to_the_stored_state_at_every_episode(suite, task):
     libero_or_skip()
-    simulator, cfg = Simulator(suite, 64, True), config("--suite", suite, "--task", task, "--eval_contexts", 2)
+    simulator, cfg = load_suite(suite)(64, True), config("--suite", suite, "--task", task, "--eval_contexts", 2)
     contexts = ript.evaluation_contexts(cfg)
     try:
         states = []
@@ -870,16 +886,16 @@ def write_demonstration(path, steps=12, size=64, actions=None):
 
 
 def test_libero_demonstrations_give_observations_actions_and_contexts(tmp_path):
-    task = ript.libero_benchmark("libero_goal").tasks[3]
+    task = load_suite("libero_goal").BENCHMARK.tasks[3]
     write_demonstration(tmp_path / f"{task.name}_demo.hdf5")
     cfg = config("--suite", "libero_goal", "--task", 3, "--demos", tmp_path)
-    (demo,) = ript.libero_demonstrations(small_policy(), cfg)
+    (demo,) = ript.libero_demonstrations(cfg)
     with h5py.File(tmp_path / f"{task.name}_demo.hdf5") as file:
         source = file["data/demo_0"]
         assert (np.array([r["label"] for r in demo.records]) == source["actions"][:]).all() and (demo.context.state == source["states"][0]).all()
-        assert (demo.records[5]["observation"]["pictures"][0] == source["obs/agentview_rgb"][5][::-1, ::-1]).all()
+        assert (small_policy().preprocess(demo.records[5]["look"]())["pictures"][0] == source["obs/agentview_rgb"][5][::-1, ::-1]).all()
         angle = np.linalg.norm(source["obs/ee_ori"][5])  # the same turn, with its axis the other way for more than pi
-        ours = demo.records[5]["observation"]["proprio"][3:6]
+        ours = small_policy().preprocess(demo.records[5]["look"]())["proprio"][3:6]
         assert_close(min(np.linalg.norm(ours - source["obs/ee_ori"][5]), abs(np.linalg.norm(ours) + angle - 2 * math.pi)), 0, 1e-5)
     assert (demo.context.task, demo.context.instruction, demo.context.index) == (3, task.language, 0)
 
@@ -903,7 +919,8 @@ def faulty_worker(connection, *arguments):
         class Faulty:
             recv, send = connection.recv, staticmethod(strike(connection.send))
         ript.worker_main(Faulty, *arguments)
-    setattr(Simulator, where, strike(getattr(Simulator, where)))
+    suite = load_suite("tabletop")
+    setattr(suite, where, strike(getattr(suite, where)))
     ript.worker_main(connection, *arguments)
 
 
@@ -924,6 +941,33 @@ def test_a_simulator_process_that_dies_or_hangs_changes_nothing(tmp_path, monkey
     assert (tmp_path / "struck").exists()
     for worker in faulty:
         worker.process.kill()
+
+
+class Half:
+    """Its message is 100 MB long, and the process stops before the end of it."""
+    def __reduce__(self):
+        threading.Timer(0.005, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+        return bytes, (b"x" * 100_000_000,)
+
+
+def stopping_worker(connection, cfg):
+    """worker_main in a process that stops, once, in the middle of an answer."""
+    flag, look = Path(os.environ["FAULT"]), Libero.look
+    if not flag.exists():
+        Libero.look = lambda self: (flag.touch(), look(self) | dict(half=Half()))[1]
+    ript.worker_main(connection, cfg)
+
+
+def test_a_simulator_process_that_stops_in_the_middle_of_an_answer_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAULT", str(tmp_path / "struck"))
+    monkeypatch.setattr(ript, "worker_main", stopping_worker)
+    monkeypatch.setattr(Worker, "PATIENCE", 20)
+    worker = Worker(config(), 0)
+    worker.begin(Episode(Context(0, TASKS[0], 1)))
+    ran, success, raw, _ = worker.receive()
+    assert (tmp_path / "struck").exists() and (ran, success, worker.tries) == (0, False, 2)
+    assert raw["agentview_image"].shape == (64, 64, 3)
+    worker.process.kill()
 
 
 def test_a_simulator_that_always_fails_ends_the_run_with_its_own_traceback(monkeypatch):
@@ -953,8 +997,14 @@ def test_a_dead_rank_ends_the_job_within_a_minute_and_is_named(tmp_path):
 # ------------------------------------------------------------------------------------------------- the command line
 MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared below
     ("--rollout 8", "unrecognized arguments: --rollout"),
-    ("--suite libero", "'libero_spatial', 'libero_object'"),
-    ("--model gpt", "'openvla-oft'"),
+    ("--suite libero", "tabletop, tabletop_pretrain, libero_spatial, libero_object"),
+    ("--suite {tmp}/none.py:Suite", "cannot load {tmp}/none.py:Suite: FileNotFoundError"),
+    ("--suite {tmp}/suite.py:Kitchen", "cannot load {tmp}/suite.py:Kitchen: AttributeError"),
+    ("--suite {tmp}/suite.py:Path", "Path is no subclass of ript.Libero"),
+    ("--suite {tmp}/suite.py:here", "cannot load {tmp}/suite.py:here: TypeError"),
+    ("--suite {tmp}/half.py:Suite", "cannot load {tmp}/half.py:Suite: SyntaxError"),
+    ("--suite {tmp}/file:Suite", "cannot load {tmp}/file:Suite: AttributeError"),
+    ("--model gpt", 'none of tiny, openvla-oft, quest, FILE.py:Class'),
     ("--lr fast", "--lr"),
     ("--rollouts 1", "--rollouts must be at least 2"),
     ("--groups 0", "--groups must be a number above 0"),
@@ -971,8 +1021,8 @@ MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared bel
     ("--momentum 1", "--momentum must be below 1"),
     ("--collision maybe", "--collision"),
     ("--device tpu9", "--device tpu9 cannot be used"),
-    ("--demos {tmp}/wrong", "tabletop makes its own demonstrations"),
-    ("--eval --suite libero_goal", "--eval needs --checkpoint"),
+    ("--demos {tmp}/wrong", "tabletop has demonstrations without --demos"),
+    ("--eval --suite libero_goal", "--eval needs --checkpoint DIR"),
     ("--checkpoint {tmp}/none", "cannot read a policy from {tmp}/none"),
     ("--checkpoint {tmp}/corrupt", "cannot read a policy from {tmp}/corrupt"),
     ("--checkpoint {tmp}/other", "cannot read a policy from {tmp}/other"),
@@ -991,6 +1041,8 @@ MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared bel
 def tmp(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("mistakes")
     (tmp / "file").write_text("")
+    (tmp / "suite.py").write_text("from pathlib import Path\nhere = Path()\n")
+    (tmp / "half.py").write_text("class Suite(")
     for name in ("corrupt", "other"):
         small_policy().save(tmp / name)
     (tmp / "corrupt/model.safetensors").write_bytes((tmp / "other/model.safetensors").read_bytes()[:1000])
@@ -1000,7 +1052,7 @@ def tmp(tmp_path_factory):
     for name, content in (("unknown", dict(learning_rate=1)), ("list", [1])):
         (tmp / name).mkdir()
         (tmp / name / "config.json").write_text(json.dumps(content))
-    name = f"{ript.libero_benchmark('libero_goal').tasks[0].name}_demo.hdf5"
+    name = f"{load_suite('libero_goal').BENCHMARK.tasks[0].name}_demo.hdf5"
     for folder in ("broken", "wrong"):
         (tmp / folder).mkdir()
         write_demonstration(tmp / folder / name, actions=np.zeros((12, 6)))
@@ -1010,7 +1062,7 @@ def tmp(tmp_path_factory):
 
 OFT = "--model openvla-oft --suite libero_10 --task 2 --checkpoint {tmp}/oft "
 MISTAKES_OF_CHECKPOINTS = [  # of the released form; {tmp} is prepared below
-    ("--model openvla-oft --suite libero_90", "libero_spatial, libero_object, libero_goal, libero_10"),
+    ("--model openvla-oft --suite libero_90", "--model openvla-oft is not made for --suite libero_90"),
     ("--model openvla-oft --suite libero_10", "explores with a scale head"),
     ("--model openvla-oft --suite libero_10 --eval --checkpoint nobody/nothing", "cannot read a policy from nobody/nothing"),
     (OFT + "--eval --suite libero_goal", "is for libero_10_no_noops, not 'libero_goal'"),
@@ -1096,7 +1148,7 @@ def test_help_reads_as_documentation():
 def test_presets_yield_to_the_command_line_and_libero_long_is_libero_10():
     assert config("--suite", "libero_long").suite == "libero_10"
     assert config().iterations == 6 and config("--iterations", 3).iterations == 3
-    assert ript.HORIZON["libero_10"] == 520 and ript.HORIZON["libero_object"] == 280
+    assert load_suite("libero_10").HORIZON == 520 and load_suite("libero_object").HORIZON == 280
 
 
 def test_metrics_and_checkpoints_are_written_whole_or_not_at_all(tmp_path, capsys):
