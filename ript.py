@@ -251,7 +251,7 @@ def gather(value) -> list:
 
 def share(policy):
     """Give every rank the policy of rank 0."""
-    policy.arch.statistics = gather(policy.arch.statistics)[0]
+    policy.arch = gather(getattr(policy, "arch", None))[0]  # what it knows besides parameters
     for value in policy.state_dict().values() if WORLD > 1 else ():
         distributed.broadcast(value, 0)
 
@@ -1314,6 +1314,9 @@ def check(cfg):
 
 def supervise(policy, workers, demos, cfg):
     """Stage 2 on LIBERO's demonstrations or the scripted expert's: SFT, then the scale head."""
+    fits_scale = cfg.scale_steps and not (cfg.scale_head or cfg.adapter)
+    if not (cfg.sft_steps or fits_scale):
+        return
     if not demos and load_suite(cfg.suite).SCRIPTED:
         demos = scripted_demonstrations(policy, workers, cfg)
     if not demos:
@@ -1325,7 +1328,7 @@ def supervise(policy, workers, demos, cfg):
         policy.arch.statistics["proprio"] = dict(zip(("q01", "q99"), bounds))
     if cfg.sft_steps:
         say(f"SFT on {len(demos)} demonstrations: L1 {sft(policy, demos, cfg):.4f}")
-    if cfg.scale_steps and not (cfg.scale_head or cfg.adapter):
+    if fits_scale:
         say(f"scale head: NLL {fit_scale_head(policy, demos, cfg):.2f} per action step")
 
 @errors.record  # so that torchrun's last words are the traceback of the rank that failed
