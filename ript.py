@@ -72,7 +72,7 @@ from transformers import (ByT5Tokenizer, DynamicCache, HfArgumentParser, LlamaCo
                           PreTrainedTokenizerFast)
 
 # --------------------------------------------------------------------------------------- 1. Configuration
-LIBERO = dict(libero_spatial=220, libero_object=280, libero_goal=300, libero_10=520, libero_90=400)  # HORIZON
+LIBERO = dict(libero_spatial=220, libero_object=280, libero_goal=300, libero_10=520, libero_90=400)  # steps
 EXAMPLES = dict(tabletop="tabletop.py:Tabletop", tabletop_pretrain="tabletop.py:TabletopPretrain",
                 quest="quest.py:QueST")
 LONG = dict(libero_long="libero_10")  # the paper's name
@@ -839,12 +839,15 @@ class Libero:
             push = 0.3 * draws(len(pairs)).standard_normal(3) + (drift if len(pairs) < 4 else 0)
             action = self.expert(closing)
             pairs.append((observation, action))
-            closing = closing + 1 if action[6] > 0 else 0  # steps since the hand began to close
+            closing = closing + 1 if action[6] > 0 else 0
             _, success, observation, _ = self.step([action + np.append(push, [0] * 4)])
         return len(pairs), success, None, pairs
 
     def expert(self, closing):
-        """The next action (7,) in LIBERO-Object: above the thing, down, close, up, to the basket, open."""
+        """The next action (7,) in LIBERO-Object: above the thing, down, close, up, to the basket, open.
+
+        closing: control steps since the hand began to close.
+        """
         data, bodies, hand = self.env.sim.data, self.env.obj_body_id, self.env._eef_xpos
         thing, basket = (data.body_xpos[bodies[name]] for name in self.env.obj_of_interest if name in bodies)
         off = lambda place: np.abs(place[:2] - hand[:2]).max()  # metres
