@@ -158,9 +158,10 @@ class QueST(nn.Module):
         """Records: "actions" (8, 7), "scale", the tokens' perplexity, and what log_prob needs, no pictures.
         explore: a numpy Generator each; None, to evaluate, draws too, as released, seeded by the picture."""
         inputs = {name: np.stack([seen[name] for seen in observations]) for name in observations[0]}
-        context = self.context(**inputs, task_embedding=np.stack([text_feature(i, self.CLIP) for i in instructions]))
-        explore = explore or [np.random.default_rng(int(picture.sum())) for picture in inputs["agentview"]]
-        indices = self.sample(context, explore)
+        features = np.stack([text_feature(text, self.CLIP) for text in instructions])
+        context = self.context(**inputs, task_embedding=features)
+        seeded = [np.random.default_rng(int(picture.sum())) for picture in inputs["agentview"]]
+        indices = self.sample(context, explore or seeded)
         log_prob = self.token_log_prob(context, indices)
         columns = dict(context=context, indices=indices, log_prob=log_prob, scale=(-log_prob.mean(-1)).exp(),
                        actions=self.decode_actions(indices)[:, :self.chunk].clamp(-1, 1))
@@ -168,7 +169,7 @@ class QueST(nn.Module):
 
     def log_prob(self, records):
         """Log-probability of each token of the records, with gradient: (B, 8)."""
-        column = lambda name: torch.tensor(np.stack([r[name] for r in records])).to(self.obs_proj.weight.device)
+        column = lambda name: torch.tensor(np.stack([r[name] for r in records])).to(self.obs_proj.bias.device)
         return self.token_log_prob(column("context"), column("indices"))
 
     def trainable(self, stage):
@@ -187,8 +188,6 @@ class QueST(nn.Module):
     @classmethod
     def load(cls, cfg, saved=""):
         """The policy a run starts from, or the one in the directory saved."""
-        for text in ript.tasks_of(cfg).values():
-            text_feature(text, cls.CLIP)  # now, rather than when the policy first acts
         released = f"quest/{cfg.suite.upper().replace('_10', '_LONG')}_sft.pth"
         return cls.from_pretrained(saved or cfg.checkpoint or released, cfg.device)
 
