@@ -135,7 +135,9 @@ TINY = dict(image_size=64, collision=True, act_batch=1, sft_steps=2500, minibatc
 # For the models and suites of this file; others bring theirs. OpenVLA-OFT was not released for LIBERO-90.
 PRESETS = {("tiny", suite): TINY for suite in LIBERO} | {("openvla-oft", suite): dict(
     checkpoint=f"moojink/openvla-7b-oft-finetuned-{suite.replace('_', '-')}", scale_multiplier=5.0,
-    act_batch=8, micro_batch=4) for suite in LIBERO if suite != "libero_90"}
+    scale_head=f"tanshh97/RIPT_VLA/openvla_oft/scale_header/{name}_scale_header.pth",
+    act_batch=8, micro_batch=4)
+    for suite, name in zip(LIBERO, ("LIBERO_SPATIAL", "LIBERO_OBJECT", "LIBERO_GOAL", "LIBERO_LONG"))}
 PRESETS["openvla-oft", "libero_spatial"] |= dict(scale_multiplier=2.0)
 PRESETS["openvla-oft", "libero_goal"] |= dict(lr=1e-5)
 
@@ -408,6 +410,16 @@ class Architecture:
                    ("language_model.model.layers", "action_head"),
                    ((math.exp(-2),) * 7, (math.exp(0.5),) * 7), statistics=statistics[name])
 
+def fetch(path) -> Path:
+    """A local path as it is; OWNER/NAME or OWNER/NAME/PATH in the Hugging Face hub, downloaded."""
+    if Path(path).exists() or Path(path).is_absolute():
+        return Path(path)
+    owner, name, *inside = Path(path).parts
+    inside = "/".join(inside)
+    wanted = [inside, f"{inside}/*"] if inside else ["*.json", "*.safetensors", "*_checkpoint.pt"]
+    root = snapshot_download(f"{owner}/{name}", allow_patterns=wanted, ignore_patterns="lora_adapter/*")
+    return Path(root, inside)
+
 def adapts(name) -> bool:
     """Whether a parameter is an adapter's or a head's: in float32, and all that a run with adapters saves."""
     return "lora_" in name or name.startswith(("action_head", "scale_head"))
@@ -457,11 +469,11 @@ class OpenVLAOFT(nn.Module):
             source = saved or cfg.checkpoint
             policy = cls.from_pretrained(source) if source else cls(Architecture())
         else:
-            adapter = saved or cfg.adapter
-            if not (adapter or cfg.scale_head or cfg.demos or cfg.eval):
-                fail("openvla-oft explores with a scale head: --scale_head FILE or --adapter DIR has one, "
-                     "--demos DIR fits one to LIBERO's demonstrations")
-            policy = cls.from_pretrained(cfg.checkpoint, cfg.suite, adapter, cfg.scale_head, cfg.prefix,
+            adapter = saved or cfg.adapter  # with heads of its own
+            scale_head = "" if adapter or cfg.eval or cfg.fit_scale_head else cfg.scale_head
+            require(adapter or scale_head or cfg.eval or cfg.demos, "openvla-oft explores with a scale head: "
+                    "--scale_head FILE or --adapter DIR has one, --demos DIR fits one")
+            policy = cls.from_pretrained(cfg.checkpoint, cfg.suite, adapter, scale_head, cfg.prefix,
                                          cfg.device)
             if not (adapter or cfg.eval):
                 policy.add_lora()
@@ -471,7 +483,7 @@ class OpenVLAOFT(nn.Module):
     @classmethod
     def from_pretrained(cls, path, suite="", adapter=None, scale_head=None, prefix="exact", device="cpu",
                         dtype=None):
-        """Read a directory, or a repository of the hub: OpenVLA-OFT's release, or what save wrote.
+        """Read OpenVLA-OFT's release or what save wrote, each from a path that fetch understands.
 
         suite picks the statistics of actions and proprio; adapter is a directory of LoRA weights and heads,
         scale_head a scale_header.pth. Weights go to the device file by file, in dtype (None: config.json's),
@@ -481,10 +493,7 @@ class OpenVLAOFT(nn.Module):
         unpickle = partial(torch.load, map_location="cpu", weights_only=True)
         at = path  # what is being read
         try:
-            if not Path(path).is_dir():
-                path = snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*_checkpoint.pt"],
-                                         ignore_patterns="lora_adapter/*")
-            path, tokenizer = Path(path), None
+            path, tokenizer = fetch(path), None
             arch, vocabulary = Architecture.read(path, suite), path / "tokenizer.json"
             if vocabulary.exists():
                 tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(vocabulary), pad_token="<PAD>")
@@ -500,11 +509,11 @@ class OpenVLAOFT(nn.Module):
             if absent := [name for name, p in policy.named_parameters() if p.is_meta]:
                 raise ValueError(f"{len(absent)} tensors are missing, {absent[0]} among them")
             if scale_head and (at := scale_head):
-                header = unpickle(at)
+                header = unpickle(fetch(at))
                 policy._fill(header["scale_trunk"], dtype, "scale_head.trunk.")
                 policy._fill(header["log_b_head"], dtype, "scale_head.log_b_head.")
             if adapter and (at := adapter):
-                folder = Path(adapter)
+                folder = fetch(at)
                 policy.add_lora(json.loads((folder / "adapter_config.json").read_text()))
                 lora = {name.removeprefix("base_model.model.").replace(".weight", ".default.weight"): p
                         for name, p in load_file(folder / "adapter_model.safetensors").items()
@@ -1306,6 +1315,8 @@ def check(cfg):
     require(cfg.momentum < 1, f"--momentum must be below 1, got {cfg.momentum}")
     require(not cfg.demos or cfg.suite in LIBERO, f"{cfg.suite} has demonstrations without --demos")
     require(not cfg.eval or cfg.checkpoint or cfg.model != "tiny", "--eval needs --checkpoint DIR")
+    require(not cfg.fit_scale_head or cfg.demos or load_suite(cfg.suite).SCRIPTED,
+            "--fit_scale_head needs --demos DIR, LIBERO's HDF5 files")
     require(mujoco.__version__ == MUJOCO, f"MuJoCo must be {MUJOCO}: pip install mujoco=={MUJOCO}")
     with or_fail(f"--device {cfg.device} cannot be used"):
         torch.empty(0, device=cfg.device)
@@ -1317,7 +1328,7 @@ def check(cfg):
 
 def supervise(policy, workers, demos, cfg):
     """Stage 2 on LIBERO's demonstrations or the scripted expert's: SFT, then the scale head."""
-    fits_scale = cfg.scale_steps and not (cfg.scale_head or cfg.adapter)
+    fits_scale = cfg.fit_scale_head or cfg.scale_steps and not (cfg.scale_head or cfg.adapter)
     if not (cfg.sft_steps or fits_scale):
         return
     if not demos and load_suite(cfg.suite).SCRIPTED:

@@ -855,6 +855,47 @@ def test_an_iteration_of_openvla_oft_in_libero(tmp_path, monkeypatch):
     assert (tmp_path / "eval/evaluation.csv").read_text().count("\n") == 3 and (tmp_path / "eval/task2.mp4").exists()
 
 
+def test_the_seven_billions_command_asks_the_hub_for_the_released_files(monkeypatch):
+    """torchrun ript.py --model openvla-oft --suite libero_long, with the tiny checkpoint in the hub's place."""
+    golden("golden_oft")
+    asked = []
+
+    def download(repository, allow_patterns, ignore_patterns):
+        asked.append((repository, allow_patterns))
+        return str(GOLDEN / "tiny_oft")
+    monkeypatch.setattr(ript, "snapshot_download", download)
+    cfg = config("--model", "openvla-oft", "--suite", "libero_long", "--device", "cpu")
+    header = "openvla_oft/scale_header/LIBERO_LONG_scale_header.pth"
+    assert cfg.scale_head == f"tanshh97/RIPT_VLA/{header}" and (cfg.scale_multiplier, cfg.iterations, cfg.groups) == (5, 12, 24)
+    policy = OpenVLAOFT.load(dataclasses.replace(cfg, scale_head=str(GOLDEN / SCALE)))
+    assert asked == [("moojink/openvla-7b-oft-finetuned-libero-10", ["*.json", "*.safetensors", "*_checkpoint.pt"])]
+    assert policy.lora and policy.scale_multiplier == 5
+    assert ript.fetch(cfg.scale_head) == GOLDEN / "tiny_oft" / header
+    assert asked[1] == ("tanshh97/RIPT_VLA", [header, f"{header}/*"])
+
+
+def test_fit_scale_head_fits_it_alone_to_liberos_files_and_saves_the_released_form(tmp_path):
+    libero_or_skip()
+    golden("golden_oft")
+    task = load_suite("libero_10").BENCHMARK.tasks[2]
+    write_demonstration(tmp_path / f"{task.name}_demo.hdf5", size=128)
+    ript.main(["--model", "openvla-oft", "--suite", "libero_10", "--task", "2", "--checkpoint", str(GOLDEN / "tiny_oft"),
+               "--demos", str(tmp_path), "--fit_scale_head", "--scale_steps", "20", "--workers", "1", "--out", str(tmp_path / "run")])
+    fitted = torch.load(tmp_path / "run/sft/scale_header.pth", weights_only=True)
+    released = torch.load(GOLDEN / SCALE, weights_only=True)
+    assert {part: {name: p.shape for name, p in head.items()} for part, head in fitted.items()} == \
+        {part: {name: p.shape for name, p in head.items()} for part, head in released.items()}
+    start = OpenVLAOFT.from_pretrained(GOLDEN / "tiny_oft", "libero_10")
+    end = OpenVLAOFT.from_pretrained(GOLDEN / "tiny_oft", "libero_10", tmp_path / "run/sft")
+    demos = ript.libero_demonstrations(config("--suite", "libero_10", "--task", 2, "--demos", tmp_path, "--image_size", 128))
+    seen = [start.preprocess(record["look"]()) for record in demos[0].records[:4]]
+    labels = np.array([[record["label"] for record in demos[0].records[t:t + 8]] for t in range(4)])
+    losses = [policy.imitation_loss("scale", seen, [task.language] * 4, labels).item() for policy in (start, end)]
+    assert losses[1] < losses[0] - 1
+    with torch.no_grad():
+        assert (start.predict(seen, ["do it"] * 4)[0] == end.predict(seen, ["do it"] * 4)[0]).all()  # the mean is as it was
+
+
 @pytest.mark.parametrize("suite,task", [("libero_goal", 1), ("libero_10", 2)])
 def test_libero_resets_softly_to_the_stored_state_at_every_episode(suite, task):
     libero_or_skip()
@@ -1516,11 +1557,13 @@ def tmp(tmp_path_factory):
 OFT = "--model openvla-oft --suite libero_10 --task 2 --checkpoint {tmp}/oft "
 MISTAKES_OF_CHECKPOINTS = [  # of the released form; {tmp} is prepared below
     ("--model openvla-oft --suite libero_90", "--model openvla-oft is not made for --suite libero_90"),
-    ("--model openvla-oft --suite libero_10", "explores with a scale head"),
+    ("--model openvla-oft --suite libero_10 --scale_head=", "explores with a scale head"),
     ("--model openvla-oft --suite libero_10 --eval --checkpoint nobody/nothing", "cannot read a policy from nobody/nothing"),
     (OFT + "--eval --suite libero_goal", "is for libero_10_no_noops, not 'libero_goal'"),
     (OFT + "--scale_head {tmp}/oft/action_head--1000_checkpoint.pt", "cannot read a policy from {tmp}/oft/action_head--1000"),
     (OFT + "--scale_head {tmp}/none.pth", "cannot read a policy from {tmp}/none.pth"),
+    (OFT + "--fit_scale_head", "--fit_scale_head needs --demos DIR"),
+    (OFT + "--adapter nobody/nothing/inside", "cannot read a policy from nobody/nothing/inside"),
     (OFT + "--adapter {tmp}/none", "cannot read a policy from {tmp}/none"),
     (OFT + "--adapter {tmp}/rank", "cannot read a policy from {tmp}/rank: Error(s) in loading state_dict"),
     (OFT + "--adapter {tmp}/fewer", "cannot read a policy from {tmp}/fewer: 2 tensors are missing"),
