@@ -18,7 +18,7 @@ after success do not count; minibatch borders leave no gradient over; the K roll
     python ript.py                                            the laptop: MuJoCo on two cores, no download
     python ript.py --suite libero_object --task 0             the same small policy in LIBERO
     python ript.py --eval --checkpoint runs/tabletop/best     evaluate what a run has saved
-    torchrun --standalone --nproc_per_node 4 ript.py          four processes, a GPU each where there are GPUs
+    torchrun --standalone --nproc_per_node 4 ript.py --model openvla-oft --suite libero_long     the 7B on 4 GPUs
 
 Shapes: B batch, C contexts, K rollouts, E episodes, S steps, H action steps per query, A action dimensions,
 D width, V cameras.
