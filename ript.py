@@ -18,7 +18,7 @@ after success do not count; minibatch borders leave no gradient over; the K roll
     python ript.py                                            the laptop: MuJoCo on two cores, no download
     python ript.py --suite libero_object --task 0             the same small policy in LIBERO
     python ript.py --eval --checkpoint runs/tabletop/best     evaluate what a run has saved
-    torchrun --standalone --nproc_per_node 4 ript.py --model openvla-oft --suite libero_long     the 7B on 4 GPUs
+    torchrun --standalone --nproc_per_node 4 ript.py --model openvla-oft --suite libero_long   the 7B, 4 GPUs
 
 Shapes: B batch, C contexts, K rollouts, E episodes, S steps, H action steps per query, A action dimensions,
 D width, V cameras.
@@ -76,6 +76,7 @@ LIBERO = dict(libero_spatial=220, libero_object=280, libero_goal=300, libero_10=
 EXAMPLES = dict(tabletop="tabletop.py:Tabletop", tabletop_pretrain="tabletop.py:TabletopPretrain",
                 quest="quest.py:QueST")
 LONG = dict(libero_long="libero_10")  # the paper's name
+LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine, as torchrun sets it
 MUJOCO = "3.3.2"  # others draw darker pictures (from 3.3.3) or break a stored state of LIBERO (from 3.4.0)
 DEMO_SEEDS, TRAIN_SEEDS = 1_000_000, 10_000_000  # of contexts; evaluation has the seeds below
 
@@ -125,7 +126,7 @@ class Config:
     # Evaluation and simulation
     eval_contexts: int = option(50, "held-out contexts per task; LIBERO stores 50")
     eval_every: int = option(5, "iterations between evaluations; 0: only before and after")
-    workers: int = option(min(os.cpu_count() or 1, 16), "simulator processes")
+    workers: int = option(max(1, min(16, os.cpu_count() // LOCAL_WORLD)), "simulator processes of each rank")
     image_size: int = option(256, "height and width of the two pictures, pixels")
     collision: bool = option(False, "draw collision meshes in plain colours: 10 times faster without a GPU")
     act_batch: int = option(0, "observations per forward when acting; 0: all; 1: --workers changes nothing")
@@ -379,7 +380,7 @@ class Architecture:
                                                    num_hidden_layers=2, num_attention_heads=4))
     prompt: str = "{}"  # around the instruction
     pixels: tuple = (dict(mean=(0.5,) * 3, std=(0.5,) * 3),) * 2  # each tower's normalisation of 0..1
-    openvla_pictures: bool = False  # through openvla_picture, or as they are drawn
+    released: bool = False  # OpenVLA-OFT's own: pictures as in its training, adapters train and not layers
     dtype: str = "float32"  # of the weights
     trained: tuple = ("action_head",)  # what stage 3 trains, the first parts of names
     # Bounds of b, normalised action units: wide for rotation, which matters little here, since a wide density
@@ -555,7 +556,7 @@ class OpenVLAOFT(nn.Module):
         axis_angle = np.array([x, y, z]) * (2 * math.acos(w) / sine if sine > 1e-8 else 0)
         proprio = np.concatenate([raw["robot0_eef_pos"], axis_angle, raw["robot0_gripper_qpos"]])
         pictures = [raw[camera][::-1, ::-1] for camera in self.CAMERAS]  # turned by 180 degrees
-        if self.arch.openvla_pictures:
+        if self.arch.released:
             pictures = [openvla_picture(picture) for picture in pictures]
         return dict(pictures=np.stack(pictures), proprio=proprio)
 
@@ -566,8 +567,9 @@ class OpenVLAOFT(nn.Module):
     def to_env_actions(self, normalised):
         """Head units -> the environment's (..., 7): motion within its bounds, gripper -1 open, +1 closed."""
         low, width = self._bounds("action")
-        actions = (np.asarray(normalised, np.float64) + 1) / 2 * width + low
-        actions[..., 6] = np.sign(1 - 2 * np.asarray(normalised)[..., 6])
+        normalised = torch.as_tensor(normalised).detach().cpu().double().numpy()
+        actions = (normalised + 1) / 2 * width + low
+        actions[..., 6] = np.sign(1 - 2 * normalised[..., 6])
         return actions
 
     def from_env_actions(self, actions):
@@ -653,7 +655,7 @@ class OpenVLAOFT(nn.Module):
         sample = mean + log_scale.exp() * torch.as_tensor(np.stack(noise)).to(mean)  # B H A
         log_prob = laplace_log_prob(sample, mean, log_scale)  # B H
         columns = dict(observation=observations, instruction=instructions, sample=sample.cpu().numpy(),
-                       log_prob=log_prob.cpu().numpy(), actions=self.to_env_actions(sample.cpu()),
+                       log_prob=log_prob.cpu().numpy(), actions=self.to_env_actions(sample),
                        scale=log_scale.exp().mean((1, 2)).tolist())
         return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
@@ -673,14 +675,11 @@ class OpenVLAOFT(nn.Module):
         return -laplace_log_prob(target, mean, log_scale).mean()
 
     def trainable(self, stage):
-        """AdamW's parameter groups of a stage, "sft", "scale" or "ript"; no others have gradient from now on.
-
-        Where there are adapters, they train in place of the layers that they adapt.
-        """
+        """AdamW's parameter groups of a stage: "sft", "scale" or "ript"; nothing else has gradient then."""
         parts = dict(sft=[name for name, _ in self.named_children() if name != "scale_head"],
                      scale=["scale_head"], ript=self.arch.trained)[stage]
         for name, p in self.named_parameters():
-            p.requires_grad_(name.startswith(tuple(parts)) and (adapts(name) or not self.lora))
+            p.requires_grad_(name.startswith(tuple(parts)) and (adapts(name) or not self.arch.released))
         return [dict(params=[p for p in self.parameters() if p.requires_grad], weight_decay=1e-4)]
 
     def save(self, directory):

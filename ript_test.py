@@ -339,6 +339,10 @@ def test_gradients_agree_with_the_original_and_reach_the_decoders_adapters_and_t
                 expected = g[key]
                 assert (grads[names_of(key.removeprefix("grad/"))] - expected).norm() <= 1e-4 * expected.norm() + 1e-6, key
         model.zero_grad()
+    base = policy("exact", False)
+    sum(part.sum() for part in base.predict(original_observations(g), texts)).backward()
+    assert {name.split(".")[0] for name, p in base.named_parameters() if p.grad is not None} == {"action_head", "scale_head"}
+    base.zero_grad()
 
 
 def test_an_optimiser_step_equals_the_originals_where_its_rule_is_the_intended_one(oft):
