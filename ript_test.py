@@ -782,19 +782,20 @@ def test_the_table_has_wilson_intervals_per_task_and_the_exact_test_of_pairs():
     assert "p = 1" in ript.table(contexts, dict(SFT=before, RIPT=before)) and "paired" not in ript.table(contexts, dict(SFT=before))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_and_its_simulators_without_a_traceback(tmp_path, number):
-    trainer = subprocess.Popen([sys.executable, HERE / "ript.py", *map(str, QUICK), "--out", tmp_path],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "metrics.jsonl").exists():
-        assert trainer.poll() is None
-        time.sleep(0.02)
-    children = children_of(trainer.pid)
-    trainer.send_signal(number)
-    assert "Traceback" not in trainer.communicate(timeout=20)[1]
-    assert trainer.returncode == -number and len(children) >= 2  # which a shell shows as 130 and 143
-    while any(Path(f"/proc/{pid}").exists() for pid in children):
-        time.sleep(0.1)
+def test_a_signal_ends_a_run_and_its_simulators_without_a_traceback(tmp_path):
+    runs = {number: subprocess.Popen([sys.executable, HERE / "ript.py", *map(str, QUICK), "--out", tmp_path / str(int(number))],
+                                     stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, trainer in runs.items():
+        while not (tmp_path / str(int(number)) / "metrics.jsonl").exists():
+            assert trainer.poll() is None
+            time.sleep(0.02)
+        children = children_of(trainer.pid)
+        trainer.send_signal(number)
+        assert "Traceback" not in trainer.communicate(timeout=20)[1]
+        assert trainer.returncode == -number and len(children) >= 2  # which a shell shows as 130 and 143
+        while any(Path(f"/proc/{pid}").exists() for pid in children):
+            time.sleep(0.1)
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "other"])
@@ -974,15 +975,20 @@ def fingerprint(episodes, rewards):
             [r["sample"].tobytes() for e in episodes for r in e.records])
 
 
+@pytest.fixture(scope="module")
+def undisturbed(workers):
+    cfg = config("--groups", 1, "--rollouts", 3, "--max_rejected", 1)
+    return cfg, fingerprint(*collect_with(workers[:2], pretrained(), cfg)[:2])
+
+
 @pytest.mark.parametrize("kind,where", [("kill", "reset"), ("kill", "step"), ("kill", "draw"), ("kill", "send"), ("hang", "step")])
-def test_a_simulator_process_that_dies_or_hangs_changes_nothing(tmp_path, monkeypatch, workers, kind, where):
-    cfg, policy = config("--groups", 1, "--rollouts", 3, "--max_rejected", 1), pretrained()
-    expected = fingerprint(*collect_with(workers[:2], policy, cfg)[:2])
+def test_a_simulator_process_that_dies_or_hangs_changes_nothing(tmp_path, monkeypatch, undisturbed, kind, where):
+    cfg, expected = undisturbed
     monkeypatch.setenv("FAULT", f"{where} {kind} {2 if where == 'reset' else 3} {tmp_path / 'struck'}")
     monkeypatch.setattr(ript, "worker_main", faulty_worker)
     monkeypatch.setattr(Worker, "PATIENCE", 15 if kind == "hang" else 120)
     faulty = [Worker(cfg, 0) for _ in range(2)]
-    assert fingerprint(*collect_with(faulty, policy, cfg)[:2]) == expected
+    assert fingerprint(*collect_with(faulty, pretrained(), cfg)[:2]) == expected
     assert (tmp_path / "struck").exists()
     for worker in faulty:
         worker.process.kill()
