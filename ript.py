@@ -1143,7 +1143,7 @@ def fit_scale_head(policy, demos, cfg):
 # --------------------------------------------------------------------------------------------- 8. Update
 def update(policy, optimizer, episodes, rewards, cfg, run):
     """Algorithm 1, lines 15-17: N passes of minibatches over the kept episodes: -> mean diagnostics."""
-    began, logs = time.time(), []
+    began, logs, where = time.time(), [], f"iteration {run['iteration'] + 1}"
     advantages = leave_one_out_advantage(rewards).flatten()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     rng = np.random.default_rng([cfg.seed, run["iteration"]])
@@ -1166,6 +1166,10 @@ def update(policy, optimizer, episodes, rewards, cfg, run):
             for start in range(0, len(rows), cfg.micro_batch):
                 part = slice(start, start + cfg.micro_batch)
                 log_prob, m = policy.log_prob(records[part]).cpu(), mask[part]
+                finite = log_prob.isfinite().all(1)
+                if not finite.all():
+                    bad = episodes[rows[part][finite.int().argmin()][0]]
+                    raise RuntimeError(f"log_prob is not finite in {where}, group {bad.group}, {bad.context}")
                 loss, stats = ppo_clip_loss(log_prob, old[part], gain[part], m, cfg.clip, "token")
                 (loss * m.sum()).backward()
                 log["loss"] += (loss * m.sum()).item()
@@ -1179,13 +1183,13 @@ def update(policy, optimizer, episodes, rewards, cfg, run):
             log = {name: (max if name == "ratio_error" else sum)(r[name] for r in ranks) for name in log}
             log["grad_norm"] = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
             if not math.isfinite(log["grad_norm"]):
-                raise RuntimeError(f"the gradient is not finite in iteration {run['iteration'] + 1}")
+                raise RuntimeError(f"the gradient is not finite in {where}")
             optimizer.step()
             logs.append(log)
     stats = {name: np.mean([log[name] for log in logs]) for name in logs[0]}
     stats["ratio_error"], checksum = logs[0]["ratio_error"], sum(p.double().sum().item() for p in parameters)
     if len(set(gather(checksum))) > 1:
-        raise RuntimeError(f"the ranks' parameters differ after iteration {run['iteration'] + 1}")
+        raise RuntimeError(f"the ranks' parameters differ after {where}")
     return stats | dict(checksum=checksum, updates=len(logs), seconds_update=time.time() - began)
 
 # ----------------------------------------------------------------------------------------- 9. Evaluation

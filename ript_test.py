@@ -686,6 +686,10 @@ def test_actions_and_gradients_that_are_not_finite_stop_the_run():
     with pytest.raises(RuntimeError, match="the gradient is not finite in iteration 1"):
         ript.update(policy, optimizer, episodes, rewards, config("--minibatch", 6), run_of())
     assert all((a == b).all() for a, b in zip(before, policy.parameters()))
+    with torch.no_grad():
+        policy.action_head["model"].fc2.bias[2] = math.nan
+    with pytest.raises(RuntimeError, match="log_prob is not finite in iteration 1, group ., Context.task=0"):
+        ript.update(policy, optimizer, episodes, rewards, config("--minibatch", 6), run_of())
 
 
 def test_sft_learns_and_the_scale_head_is_fitted_alone(workers):
