@@ -507,8 +507,7 @@ class OpenVLAOFT(nn.Module):
             for at in sorted(path.glob("*--*_checkpoint.pt")):
                 policy._fill(unpickle(at), dtype, at.name.split("--")[0] + ".")
             at = path
-            if absent := [name for name, p in policy.named_parameters() if p.is_meta]:
-                raise ValueError(f"{len(absent)} tensors are missing, {absent[0]} among them")
+            policy._lack([name for name, p in policy.named_parameters() if p.is_meta])
             if scale_head and (at := scale_head):
                 header = unpickle(fetch(at))
                 policy._fill(header["scale_trunk"], dtype, "scale_head.trunk.")
@@ -520,10 +519,10 @@ class OpenVLAOFT(nn.Module):
                         for name, p in load_file(folder / "adapter_model.safetensors").items()
                         if "lora_" in name}  # the authors' files also have a copy of lm_head
                 policy._fill(lora, dtype)
-                if absent := [name for name in policy.state_dict() if "lora_" in name and name not in lora]:
-                    raise ValueError(f"{len(absent)} tensors are missing, {absent[0]} among them")
-                for part, head in unpickle(folder / "openvla_headers.pt").items():
-                    policy._fill(head, dtype, part.replace("header", "head") + ".")
+                policy._lack([name for name in policy.state_dict() if "lora_" in name and name not in lora])
+                heads = unpickle(folder / "openvla_headers.pt")
+                policy._fill(heads["action_header"], dtype, "action_head.")
+                policy._fill(heads["scale_header"], dtype, "scale_head.")
             policy.to(device)
         except Exception as error:  # whatever json, safetensors, torch, PEFT and the hub say
             fail(f"cannot read a policy from {at}: {error or type(error).__name__}")
@@ -532,13 +531,20 @@ class OpenVLAOFT(nn.Module):
         return policy
 
     def _fill(self, weights, dtype, part=""):
-        """Make tensors the parameters of part + their names, in dtype, what adapts in float32."""
+        """Make tensors the parameters of a part, and all of it: in dtype, what adapts in float32."""
         named = {}
         for name, value in weights.items():
             name = part + name.removeprefix("module.")  # which DistributedDataParallel puts before it
             named[name] = value.to(torch.float32 if adapts(name) else dtype)
         if unknown := self.load_state_dict(named, strict=False, assign=True).unexpected_keys:
             raise ValueError(f"{len(unknown)} tensors do not belong to the model, {unknown[0]} among them")
+        of_part = [name for name in self.state_dict() if part and name.startswith(part)]
+        self._lack([name for name in of_part if name not in named])
+
+    def _lack(self, names):
+        """Raise ValueError if there are names of tensors that should have been read."""
+        if names:
+            raise ValueError(f"{len(names)} tensors are missing, {names[0]} among them")
 
     def add_lora(self, settings=LORA):
         """Add adapters (PEFT), in float32, to every linear layer but the heads'."""

@@ -1584,6 +1584,8 @@ MISTAKES_OF_CHECKPOINTS = [  # of the released form; {tmp} is prepared below
     (OFT + "--adapter {tmp}/base", "do not belong to the model"),
     (OFT + "--adapter {tmp}/cut", "cannot read a policy from {tmp}/cut"),
     (OFT + "--adapter {tmp}/headless", "cannot read a policy from {tmp}/headless"),
+    (OFT + "--adapter {tmp}/one_head", "cannot read a policy from {tmp}/one_head: 'scale_header'"),
+    (OFT + "--scale_head {tmp}/part.pth", "cannot read a policy from {tmp}/part.pth: 1 tensors are missing"),
     ("--model openvla-oft --suite libero_10 --eval --checkpoint {tmp}/half", "model-00002-of-00003.safetensors"),
     ("--model openvla-oft --suite libero_10 --eval --checkpoint {tmp}/less", "tensors are missing"),
     ("--model openvla-oft --suite libero_10 --eval --checkpoint {tmp}/pickle", "{tmp}/pickle/action_head--1000_checkpoint.pt"),
@@ -1597,7 +1599,7 @@ def broken_checkpoints(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("checkpoints")
     for name in ("oft", "half", "less", "pickle"):
         shutil.copytree(GOLDEN / "tiny_oft", tmp / name, copy_function=shutil.copyfile)
-    for name in ("rank", "fewer", "base", "cut", "headless"):
+    for name in ("rank", "fewer", "base", "cut", "headless", "one_head"):
         shutil.copytree(GOLDEN / LORA, tmp / name, copy_function=shutil.copyfile)
     for folder in tmp.iterdir():
         folder.chmod(0o755)
@@ -1614,6 +1616,11 @@ def broken_checkpoints(tmp_path_factory):
     save_file({name.replace("layers.1", "layers.7"): p for name, p in weights.items()}, tmp / "base/adapter_model.safetensors")
     (tmp / "cut/adapter_model.safetensors").write_bytes((tmp / "cut/adapter_model.safetensors").read_bytes()[:5000])
     (tmp / "headless/openvla_headers.pt").unlink()
+    heads = torch.load(tmp / "one_head/openvla_headers.pt", weights_only=True)
+    torch.save(dict(action_header=heads["action_header"]), tmp / "one_head/openvla_headers.pt")
+    header = torch.load(tmp / "oft/scale_header.pth", weights_only=True)
+    del header["log_b_head"]["bias"]
+    torch.save(header, tmp / "part.pth")
     return tmp
 
 
