@@ -171,6 +171,7 @@ def parse_config(argv) -> Config:
     preset |= getattr(load_model(given.model), "PRESET", {}).get(suite, {})
     require(preset or ":" in suite + given.model, f"--model {given.model} is not made for --suite {suite}")
     names = [name.split(":")[-1] for name in (given.model, suite) if name != "tiny"]
+    names += ["eval"] * given.eval  # not over the run's own files
     parser.set_defaults(out="runs/" + "_".join(names), **preset)
     if given.resume:
         with or_fail(f"cannot resume {given.resume}, its config.json"):

@@ -1666,6 +1666,10 @@ def test_presets_yield_to_the_command_line_and_libero_long_is_libero_10():
     assert config("--suite", "libero_long").suite == "libero_10"
     assert config().iterations == 6 and config("--iterations", 3).iterations == 3
     assert load_suite("libero_10").HORIZON == 520 and load_suite("libero_object").HORIZON == 280
+    assert config("--eval", "--checkpoint", "x").out == "runs/tabletop_eval" != config().out  # not over the run's files
+    oft = [config("--model", "openvla-oft", "--suite", suite) for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_long")]
+    assert [cfg.scale_multiplier for cfg in oft] == [2, 5, 5, 5] and [cfg.lr for cfg in oft] == [5e-5, 5e-5, 1e-5, 5e-5]
+    assert all((cfg.rollouts, cfg.groups, cfg.passes, cfg.clip, cfg.iterations, cfg.eval_contexts) == (8, 24, 1, 0.1, 12, 50) for cfg in oft)
 
 
 def test_metrics_and_checkpoints_are_written_whole_or_not_at_all(tmp_path, capsys):
