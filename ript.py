@@ -524,7 +524,7 @@ class OpenVLAOFT(nn.Module):
                 heads = unpickle(folder / "openvla_headers.pt")
                 policy._fill(heads["action_header"], dtype, "action_head.")
                 policy._fill(heads["scale_header"], dtype, "scale_head.")
-            policy.to(device)
+            policy.to(device)._look_ahead()
         except Exception as error:  # whatever json, safetensors, torch, PEFT and the hub say
             fail(f"cannot read a policy from {at}: {error or type(error).__name__}")
         policy.trainable("ript")
@@ -546,6 +546,17 @@ class OpenVLAOFT(nn.Module):
         """Raise ValueError if there are names of tensors that should have been read."""
         if names:
             raise ValueError(f"{len(names)} tensors are missing, {names[0]} among them")
+
+    @torch.no_grad()
+    def _look_ahead(self):
+        """Raise ValueError if a later word does not change an earlier output: LlamaModel takes a 4-D mask as
+        it is, which another version of transformers may not do."""
+        llama, words = self.language_model.model, torch.tensor([[1, 2, 3], [1, 2, 4]])
+        x = llama.embed_tokens(words.to(llama.embed_tokens.weight.device))  # two sequences
+        mask = torch.ones(2, 1, 3, 3, dtype=torch.bool, device=x.device)
+        one, other = llama(inputs_embeds=x, attention_mask=mask).last_hidden_state[:, 0]
+        if torch.equal(one, other):
+            raise ValueError("attention is causal with this transformers, install requirements.txt's")
 
     def add_lora(self, settings=LORA):
         """Add adapters (PEFT), in float32, to every linear layer but the heads'."""

@@ -194,6 +194,15 @@ def test_attention_is_bidirectional():
     assert (run(x).last_hidden_state[:, 0] - run(changed).last_hidden_state[:, 0]).abs().max() > 1e-4
 
 
+def test_a_transformers_that_ignores_the_mask_is_noticed_when_a_policy_is_loaded(monkeypatch, capsys):
+    from transformers import LlamaModel
+    forward = LlamaModel.forward
+    monkeypatch.setattr(LlamaModel, "forward", lambda self, attention_mask=None, **rest: forward(self, **rest))
+    with pytest.raises(SystemExit):
+        pretrained()
+    assert "attention is causal" in capsys.readouterr().err
+
+
 def test_a_batch_of_mixed_instructions_equals_them_one_by_one():
     policy, observations = small_policy(), random_observations(3)
     texts = ["lift the green cube", "push", "lift the red cube"]
