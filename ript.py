@@ -414,12 +414,18 @@ class Architecture:
 
 def fetch(path) -> Path:
     """A local path as it is; OWNER/NAME or OWNER/NAME/PATH in the Hugging Face hub, downloaded."""
-    if Path(path).exists() or Path(path).is_absolute():
-        return Path(path)
-    owner, name, *inside = Path(path).parts
-    inside = "/".join(inside)
+    path = Path(path)
+    if path.exists():
+        return path
+    if path.is_absolute() or len(path.parts) < 2:
+        raise FileNotFoundError("no such file or directory")
+    inside = "/".join(path.parts[2:])
     wanted = [inside, f"{inside}/*"] if inside else ["*.json", "*.safetensors", "*_checkpoint.pt"]
-    root = snapshot_download(f"{owner}/{name}", allow_patterns=wanted, ignore_patterns="lora_adapter/*")
+    try:
+        root = snapshot_download("/".join(path.parts[:2]), allow_patterns=wanted,
+                                 ignore_patterns="lora_adapter/*")
+    except Exception as error:  # the hub has many
+        raise FileNotFoundError(f"no such file or directory, and nothing from the hub: {error}")
     return Path(root, inside)
 
 def adapts(name) -> bool:
@@ -440,7 +446,6 @@ class OpenVLAOFT(nn.Module):
     """
     A, BOS, STOP = 7, 1, 2
     TOKENS = 0  # per query; 0: log_prob has a column per action step, not per token
-    CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")
     LORA = dict(r=32, lora_alpha=16, lora_dropout=0.0, bias="none", init_lora_weights="gaussian",
                 target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
                                 "lm_head", "qkv", "q", "kv", "proj", "fc1", "fc2", "fc3"])
@@ -508,7 +513,7 @@ class OpenVLAOFT(nn.Module):
             for at in sorted(path.glob("*--*_checkpoint.pt")):
                 policy._fill(unpickle(at), dtype, at.name.split("--")[0] + ".")
             at = path
-            policy._lack([name for name, p in policy.named_parameters() if p.is_meta])
+            policy._check_absent([name for name, p in policy.named_parameters() if p.is_meta])
             if scale_head and (at := scale_head):
                 header = unpickle(fetch(at))
                 policy._fill(header["scale_trunk"], dtype, "scale_head.trunk.")
@@ -520,11 +525,12 @@ class OpenVLAOFT(nn.Module):
                         for name, p in load_file(folder / "adapter_model.safetensors").items()
                         if "lora_" in name}  # the authors' files also have a copy of lm_head
                 policy._fill(lora, dtype)
-                policy._lack([name for name in policy.state_dict() if "lora_" in name and name not in lora])
+                own = [name for name in policy.state_dict() if "lora_" in name]
+                policy._check_absent([name for name in own if name not in lora])
                 heads = unpickle(folder / "openvla_headers.pt")
                 policy._fill(heads["action_header"], dtype, "action_head.")
                 policy._fill(heads["scale_header"], dtype, "scale_head.")
-            policy.to(device)._look_ahead()
+            policy.to(device)._check_attention()
         except Exception as error:  # whatever json, safetensors, torch, PEFT and the hub say
             fail(f"cannot read a policy from {at}: {error or type(error).__name__}")
         policy.trainable("ript")
@@ -540,15 +546,15 @@ class OpenVLAOFT(nn.Module):
         if unknown := self.load_state_dict(named, strict=False, assign=True).unexpected_keys:
             raise ValueError(f"{len(unknown)} tensors do not belong to the model, {unknown[0]} among them")
         of_part = [name for name in self.state_dict() if part and name.startswith(part)]
-        self._lack([name for name in of_part if name not in named])
+        self._check_absent([name for name in of_part if name not in named])
 
-    def _lack(self, names):
+    def _check_absent(self, names):
         """Raise ValueError if there are names of tensors that should have been read."""
         if names:
             raise ValueError(f"{len(names)} tensors are missing, {names[0]} among them")
 
     @torch.no_grad()
-    def _look_ahead(self):
+    def _check_attention(self):
         """Raise ValueError if a later word does not change an earlier output: LlamaModel takes a 4-D mask as
         it is, which another version of transformers may not do."""
         llama, words = self.language_model.model, torch.tensor([[1, 2, 3], [1, 2, 4]])
@@ -573,7 +579,7 @@ class OpenVLAOFT(nn.Module):
         sine = math.sqrt(1 - w * w)  # of half the angle
         axis_angle = np.array([x, y, z]) * (2 * math.acos(w) / sine if sine > 1e-8 else 0)
         proprio = np.concatenate([raw["robot0_eef_pos"], axis_angle, raw["robot0_gripper_qpos"]])
-        pictures = [raw[camera][::-1, ::-1] for camera in self.CAMERAS]  # turned by 180 degrees
+        pictures = [raw[f"{camera}_image"][::-1, ::-1] for camera in Libero.CAMERAS]  # turned by 180 degrees
         if self.arch.released:
             pictures = [openvla_picture(picture) for picture in pictures]
         return dict(pictures=np.stack(pictures), proprio=proprio)
@@ -767,8 +773,7 @@ def load_model(name):
 def tasks_of(cfg) -> dict[int, str]:
     """Numbers and instructions of the tasks that a run is about."""
     texts = load_suite(cfg.suite).INSTRUCTIONS
-    if cfg.task >= len(texts):
-        fail(f"--task must be below {len(texts)} for {cfg.suite}, got {cfg.task}")
+    require(cfg.task < len(texts), f"--task must be below {len(texts)} for {cfg.suite}, got {cfg.task}")
     return {task: text for task, text in enumerate(texts) if cfg.task in (task, -1)}
 
 class Libero:
@@ -918,6 +923,7 @@ class Worker:
         """Start the process, in place of one that failed."""
         if self.process:
             self.process.kill()
+            self.process.join()
         context = multiprocessing.get_context("spawn")  # OpenGL and CUDA do not survive a fork
         self.connection, child = context.Pipe()
         self.process = context.Process(target=worker_main, args=(child, self.cfg), daemon=True)
@@ -1334,6 +1340,8 @@ def check(cfg):
         elif type(value) in (int, float):
             require(0 < value < math.inf, f"--{name} must be a number above 0, got {value}")
     require(cfg.momentum < 1, f"--momentum must be below 1, got {cfg.momentum}")
+    require(cfg.model != "tiny" or not (cfg.adapter or cfg.scale_head),
+            "--adapter and --scale_head are not for --model tiny")
     require(not cfg.demos or cfg.suite in LIBERO, f"{cfg.suite} has demonstrations without --demos")
     require(not cfg.eval or cfg.checkpoint or cfg.model != "tiny", "--eval needs --checkpoint DIR")
     require(not cfg.fit_scale_head or cfg.demos or load_suite(cfg.suite).SCRIPTED,
@@ -1357,8 +1365,8 @@ def supervise(policy, workers, demos, cfg):
     if not demos:
         return say(f"no stage 2: no demonstrations of {cfg.suite}, --demos DIR gives LIBERO's HDF5 files")
     if cfg.model == "tiny" and not cfg.checkpoint:
-        looks = [record["look"]() for demo in demos for record in demo.records]
-        proprio = [policy.preprocess(raw)["proprio"] for raw in looks]
+        records = [record for demo in demos for record in demo.records]
+        proprio = [policy.preprocess(record["look"]())["proprio"] for record in records]
         bounds = np.quantile(proprio, (0.01, 0.99), 0).tolist()
         policy.arch.statistics["proprio"] = dict(zip(("q01", "q99"), bounds))
     if cfg.sft_steps:

@@ -635,9 +635,11 @@ def made_up_episodes(policy, n=6, seed=0):
     return episodes, torch.tensor([[1., 0.]] * (n // 2))
 
 
-@pytest.mark.parametrize("per", ["episode", "token"])
-def test_micro_batches_add_up_to_the_loss_of_the_whole_minibatch(per):
+@pytest.mark.parametrize("per,tokens", [("episode", 0), ("token", 0), ("token", 8)])
+def test_micro_batches_add_up_to_the_loss_of_the_whole_minibatch(per, tokens, monkeypatch):
+    """With tokens every column counts, even where a chunk was cut short."""
     gradients = []
+    monkeypatch.setattr(OpenVLAOFT, "TOKENS", tokens)
     for micro_batch in (1, 4, 1000):
         policy = small_policy(trained=("language_model", "action_head"))
         episodes, rewards = made_up_episodes(policy)
@@ -654,7 +656,7 @@ def test_micro_batches_add_up_to_the_loss_of_the_whole_minibatch(per):
     rows = [torch.cat(list(policy.log_prob(e.records))) for e in episodes]
     pad = lambda x: torch.nn.functional.pad(x, (0, 24 - len(x)))
     old = torch.stack([pad(torch.tensor(np.concatenate([r["log_prob"] for r in e.records]))) for e in episodes])
-    mask = torch.stack([pad(torch.tensor([h < n for n in e.executed for h in range(8)])) for e in episodes])
+    mask = torch.stack([pad(torch.tensor([h < (tokens or n) for n in e.executed for h in range(8)])) for e in episodes])
     advantage = ript.leave_one_out_advantage(rewards).flatten()
     ript.ppo_clip_loss(torch.stack([pad(r) for r in rows]), old, advantage, mask, cfg.clip, per)[0].backward()
     torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
@@ -1540,6 +1542,9 @@ MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared bel
     ("--device tpu9", "--device tpu9 cannot be used"),
     ("--demos {tmp}/wrong", "tabletop has demonstrations without --demos"),
     ("--eval --suite libero_goal", "--eval needs --checkpoint DIR"),
+    ("--adapter {tmp}/other", "--adapter and --scale_head are not for --model tiny"),
+    ("--checkpoint nowhere", "cannot read a policy from nowhere: no such file or directory"),
+    ("--checkpoint no/such/run", "cannot read a policy from no/such/run: no such file or directory, and nothing from the hub"),
     ("--checkpoint {tmp}/none", "cannot read a policy from {tmp}/none"),
     ("--checkpoint {tmp}/corrupt", "cannot read a policy from {tmp}/corrupt"),
     ("--checkpoint {tmp}/other", "cannot read a policy from {tmp}/other"),
