@@ -73,8 +73,8 @@ from transformers import (ByT5Tokenizer, DynamicCache, HfArgumentParser, LlamaCo
 
 # --------------------------------------------------------------------------------------- 1. Configuration
 LIBERO = dict(libero_spatial=220, libero_object=280, libero_goal=300, libero_10=520, libero_90=400)  # steps
-EXAMPLES = dict(tabletop="tabletop.py:Tabletop", tabletop_pretrain="tabletop.py:TabletopPretrain",
-                quest="quest.py:QueST")
+EXAMPLES = dict(tabletop="laptop.py:Tabletop", tabletop_pretrain="laptop.py:TabletopPretrain",
+                libero_object="laptop.py:LiberoObject", quest="quest.py:QueST")
 LONG = dict(libero_long="libero_10")  # the paper's name
 LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine, as torchrun sets it
 MUJOCO = "3.3.2"  # others draw darker pictures (from 3.3.3) or break a stored state of LIBERO (from 3.4.0)
@@ -498,7 +498,14 @@ class OpenVLAOFT(nn.Module):
         downloaded is executed. What cannot be read ends the program with one sentence.
         """
         unpickle = partial(torch.load, map_location="cpu", weights_only=True)
-        at = path  # what is being read
+        weights, at = {}, path  # what is being read
+
+        def take(part, named):  # a whole part of the model, or what belongs to several
+            for name in [name for name in weights if part and name.startswith(part)]:
+                del weights[name]
+            for name, value in named.items():
+                name = part + name.removeprefix("module.")  # which DistributedDataParallel puts before it
+                weights[name] = value.to(device, torch.float32 if adapts(name) else dtype)
         try:
             path, tokenizer = fetch(path), None
             arch, vocabulary = Architecture.read(path, suite), path / "tokenizer.json"
@@ -508,50 +515,34 @@ class OpenVLAOFT(nn.Module):
                 policy = cls(arch, tokenizer, prefix)
             dtype, llama = dtype or getattr(torch, arch.dtype), policy.language_model.model
             llama.rotary_emb = type(llama.rotary_emb)(llama.config)  # is in no file
+            take("scale_head.", policy.scale_head.state_dict())  # a release has none
             for at in sorted(path.glob("model*.safetensors")):
-                policy._fill(load_file(at, str(device)), dtype)
+                take("", load_file(at, str(device)))
             for at in sorted(path.glob("*--*_checkpoint.pt")):
-                policy._fill(unpickle(at), dtype, at.name.split("--")[0] + ".")
-            at = path
-            policy._check_absent([name for name, p in policy.named_parameters() if p.is_meta])
+                take(at.name.split("--")[0] + ".", unpickle(at))
             if scale_head and (at := scale_head):
                 header = unpickle(fetch(at))
-                policy._fill(header["scale_trunk"], dtype, "scale_head.trunk.")
-                policy._fill(header["log_b_head"], dtype, "scale_head.log_b_head.")
+                take("scale_head.trunk.", header["scale_trunk"])
+                take("scale_head.log_b_head.", header["log_b_head"])
             if adapter and (at := adapter):
                 folder = fetch(at)
                 policy.add_lora(json.loads((folder / "adapter_config.json").read_text()))
-                lora = {name.removeprefix("base_model.model.").replace(".weight", ".default.weight"): p
-                        for name, p in load_file(folder / "adapter_model.safetensors").items()
-                        if "lora_" in name}  # the authors' files also have a copy of lm_head
-                policy._fill(lora, dtype)
-                own = [name for name in policy.state_dict() if "lora_" in name]
-                policy._check_absent([name for name in own if name not in lora])
+                take("", {name.removeprefix("base_model.model.").replace(".weight", ".default.weight"): p
+                          for name, p in load_file(folder / "adapter_model.safetensors").items()
+                          if "lora_" in name})  # the authors' files also have a copy of lm_head
                 heads = unpickle(folder / "openvla_headers.pt")
-                policy._fill(heads["action_header"], dtype, "action_head.")
-                policy._fill(heads["scale_header"], dtype, "scale_head.")
+                take("action_head.", heads["action_header"])
+                take("scale_head.", heads["scale_header"])
+            at = " and ".join(str(part) for part in (path, scale_head, adapter) if part)
+            known = policy.state_dict()  # PEFT moves what it adapts into a base_layer
+            policy.load_state_dict({name if name in known else ".base_layer.".join(name.rsplit(".", 1)): p
+                                    for name, p in weights.items()}, assign=True)  # strict
             policy.to(device)._check_attention()
         except Exception as error:  # whatever json, safetensors, torch, PEFT and the hub say
             fail(f"cannot read a policy from {at}: {error or type(error).__name__}")
         policy.trainable("ript")
         policy.scale_head.requires_grad_(True)
         return policy
-
-    def _fill(self, weights, dtype, part=""):
-        """Make tensors the parameters of a part, and all of it: in dtype, what adapts in float32."""
-        named = {}
-        for name, value in weights.items():
-            name = part + name.removeprefix("module.")  # which DistributedDataParallel puts before it
-            named[name] = value.to(torch.float32 if adapts(name) else dtype)
-        if unknown := self.load_state_dict(named, strict=False, assign=True).unexpected_keys:
-            raise ValueError(f"{len(unknown)} tensors do not belong to the model, {unknown[0]} among them")
-        of_part = [name for name in self.state_dict() if part and name.startswith(part)]
-        self._check_absent([name for name in of_part if name not in named])
-
-    def _check_absent(self, names):
-        """Raise ValueError if there are names of tensors that should have been read."""
-        if names:
-            raise ValueError(f"{len(names)} tensors are missing, {names[0]} among them")
 
     @torch.no_grad()
     def _check_attention(self):
@@ -757,9 +748,9 @@ def load_suite(name):
         with redirect_stdout(io.StringIO()):  # the first import says where it keeps its settings
             from libero.libero import benchmark
             suite = benchmark.get_benchmark(name)()
-        return type(name, (Libero,), dict(
-            BENCHMARK=suite, HORIZON=LIBERO[name], SCRIPTED=name == "libero_object",
-            INSTRUCTIONS=[task.language for task in suite.tasks]))
+        base = load_class(name, Libero) if name in EXAMPLES else Libero
+        return type(name, (base,), dict(BENCHMARK=suite, HORIZON=LIBERO[name],
+                                        INSTRUCTIONS=[task.language for task in suite.tasks]))
     known = ("tabletop", "tabletop_pretrain", *LIBERO, *LONG)
     require(name in known or ":" in name, f"--suite {name} is none of {', '.join(known)}, FILE.py:Class")
     return load_class(name, Libero)
@@ -783,7 +774,7 @@ class Libero:
     """
     INSTRUCTIONS, HORIZON = (), 0  # a text per task; the control steps of 50 ms that an episode may take
     PRESET, BENCHMARK = {}, None  # settings per model, which override PRESETS; LIBERO's object of the suite
-    SCRIPTED = False  # whether expert can do the tasks
+    scripted = None  # or a classmethod (workers, cfg) -> demonstrations as Episodes, where an expert makes them
     CAMERAS = ("agentview", "robot0_eye_in_hand")
     ROBOT = dict(robots=["Panda"], use_camera_obs=False, has_renderer=False, has_offscreen_renderer=True,
                  ignore_done=True, control_freq=20, hard_reset=False)
@@ -857,46 +848,8 @@ class Libero:
         self.env.sim._render_context_offscreen.vopt.geomgroup[:2] = (collision, not collision)
         return self.env.sim.render(camera_name=camera, width=size, height=size)
 
-    def demonstrate(self, context):
-        """An episode of the expert: -> an answer like step's, with pairs (observation, action) for frames.
-
-        Pushes move the hand but not the actions on record, so that demonstrations show how to recover: it
-        trembles, and drifts during the first four steps.
-        """
-        draws = lambda step: np.random.default_rng([context.seed, context.task, step])
-        drift, closing, pairs = draws(1000).uniform(-0.9, 0.9, 3), 0, []
-        _, success, observation, _ = self.reset(context)
-        while not success and len(pairs) < self.HORIZON:
-            push = 0.3 * draws(len(pairs)).standard_normal(3) + (drift if len(pairs) < 4 else 0)
-            action = self.expert(closing)
-            pairs.append((observation, action))
-            closing = closing + 1 if action[6] > 0 else 0
-            _, success, observation, _ = self.step([action + np.append(push, [0] * 4)])
-        return len(pairs), success, None, pairs
-
-    def expert(self, closing):
-        """The next action (7,) in LIBERO-Object: above the thing, down, close, up, to the basket, open.
-
-        closing: control steps since the hand began to close.
-        """
-        data, bodies, hand = self.env.sim.data, self.env.obj_body_id, self.env._eef_xpos
-        thing, basket = (data.body_xpos[bodies[name]] for name in self.env.obj_of_interest if name in bodies)
-        off = lambda place: np.abs(place[:2] - hand[:2]).max()  # metres
-        low, height = thing[2] + 0.01, basket[2] + 0.3
-        if off(basket) < 0.03 or closing >= 8:
-            way = basket if hand[2] > height - 0.04 else hand
-            return self.toward(way, height, -1 if off(basket) < 0.03 else 1)
-        if closing or off(thing) < 0.012 and hand[2] < low + 0.012:
-            return self.toward(hand, low, 1)
-        return self.toward(thing, low if off(thing) < 0.02 else thing[2] + 0.12, -1)
-
-    def toward(self, place, z, grip):
-        """The action of a hand on its way to a place, at the height z; grip: -1 open, 1 closed."""
-        return np.array([*np.clip(15 * ([*place[:2], z] - self.env._eef_xpos), -1, 1), 0, 0, 0, grip])
-
 def worker_main(connection, cfg):
     """A simulator process: answers (method, *arguments) with (result, None) or (None, traceback)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer; this process ends after it
     logging.disable(logging.WARNING)  # robosuite's remarks about its macros
     torch.set_num_threads(1)
     simulator = load_suite(cfg.suite)(cfg.image_size, cfg.collision)
@@ -927,7 +880,9 @@ class Worker:
         context = multiprocessing.get_context("spawn")  # OpenGL and CUDA do not survive a fork
         self.connection, child = context.Pipe()
         self.process = context.Process(target=worker_main, args=(child, self.cfg), daemon=True)
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the trainer alone
         self.process.start()
+        signal.signal(signal.SIGINT, handler)
         child.close()
 
     def begin(self, episode, method="reset", tries=TRIES):
@@ -1084,22 +1039,6 @@ def summary(groups, seconds, cfg):
                 seconds_rollouts=seconds, steps_per_second=steps / seconds)
 
 # ---------------------------------------------------------------------------------------- 7. Supervision
-def scripted_demonstrations(policy, workers, cfg):
-    """Episodes in which the suite's expert succeeds, cfg.demos_per_task of every task."""
-    seeds = range(DEMO_SEEDS * (1 + cfg.seed), DEMO_SEEDS * (1 + cfg.seed) + cfg.demos_per_task)
-    contexts = [Context(task, text, seed) for seed in seeds for task, text in tasks_of(cfg).items()]
-    queue, demos, attempts = deque(Episode(c, number) for number, c in enumerate(contexts)), [], 0
-    episodes = simulate(policy, workers, queue, cfg, method="demonstrate")
-    for episode in tqdm(episodes, "demonstrations", leave=False, disable=None):
-        attempts += 1
-        if episode.success:
-            records = [dict(look=partial(dict, raw), label=action) for raw, action in episode.frames]
-            demos.append(replace(episode, records=records, frames=[]))
-        elif attempts < 50 + 3 * len(contexts):  # another scene instead
-            queue.append(Episode(replace(episode.context, seed=episode.context.seed + 1000), episode.group))
-    say(f"scripted expert: success in {interval(len(demos), attempts)} of attempts")
-    return sorted(demos, key=lambda demo: demo.group)
-
 def libero_row(demo, t):
     """Step t of a demonstration in LIBERO's HDF5 files, as the simulator's arrays."""
     names = dict(agentview_image="agentview_rgb", robot0_eye_in_hand_image="eye_in_hand_rgb",
@@ -1344,7 +1283,7 @@ def check(cfg):
             "--adapter and --scale_head are not for --model tiny")
     require(not cfg.demos or cfg.suite in LIBERO, f"{cfg.suite} has demonstrations without --demos")
     require(not cfg.eval or cfg.checkpoint or cfg.model != "tiny", "--eval needs --checkpoint DIR")
-    require(not cfg.fit_scale_head or cfg.demos or load_suite(cfg.suite).SCRIPTED,
+    require(not cfg.fit_scale_head or cfg.demos or load_suite(cfg.suite).scripted,
             "--fit_scale_head needs --demos DIR, LIBERO's HDF5 files")
     require(mujoco.__version__ == MUJOCO, f"MuJoCo must be {MUJOCO}: pip install mujoco=={MUJOCO}")
     with or_fail(f"--device {cfg.device} cannot be used"):
@@ -1360,8 +1299,8 @@ def supervise(policy, workers, demos, cfg):
     fits_scale = cfg.fit_scale_head or cfg.scale_steps and not (cfg.scale_head or cfg.adapter)
     if not (cfg.sft_steps or fits_scale):
         return
-    if not demos and load_suite(cfg.suite).SCRIPTED:
-        demos = scripted_demonstrations(policy, workers, cfg)
+    if not demos and load_suite(cfg.suite).scripted:
+        demos = load_suite(cfg.suite).scripted(workers, cfg)
     if not demos:
         return say(f"no stage 2: no demonstrations of {cfg.suite}, --demos DIR gives LIBERO's HDF5 files")
     if cfg.model == "tiny" and not cfg.checkpoint:

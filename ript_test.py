@@ -499,7 +499,7 @@ def test_success_is_the_named_cube_lifted_and_the_expert_lifts_it(simulator, tas
 def test_scripted_demonstrations_are_successes_with_clean_labels_whatever_the_number_of_workers(workers):
     seen = []
     for n in (1, 3):
-        demos = ript.scripted_demonstrations(small_policy(), workers[:n], config("--demos_per_task", 2))
+        demos = load_suite("tabletop").scripted(workers[:n], config("--demos_per_task", 2))
         assert [demo.context.task for demo in demos] == [0, 1, 0, 1] and all(demo.success for demo in demos)
         assert all(np.abs(r["label"]).max() <= 1 for demo in demos for r in demo.records)
         seen.append([(demo.context.seed, r["label"].tobytes(), r["look"]()["agentview_image"].tobytes())
@@ -705,7 +705,7 @@ def test_actions_and_gradients_that_are_not_finite_stop_the_run():
 
 def test_sft_learns_and_the_scale_head_is_fitted_alone(workers):
     policy, cfg = small_policy(), config("--sft_steps", 40, "--scale_steps", 20, "--sft_lr", 1e-3, "--demos_per_task", 1)
-    demos = ript.scripted_demonstrations(policy, workers, cfg)
+    demos = load_suite("tabletop").scripted(workers, cfg)
     records = demos[0].records
     batch = ([policy.preprocess(r["look"]()) for r in records[:4]], [TASKS[0]] * 4,
              np.array([[r["label"] for r in records[i:i + 8]] for i in range(4)]))
@@ -996,13 +996,23 @@ def undisturbed(workers):
     return cfg, fingerprint(*collect_with(workers[:2], pretrained(), cfg)[:2])
 
 
+def impatient_workers(monkeypatch, cfg, number):
+    """Workers that wait 8 s for the processes they have, which are up, and longer for those that replace them."""
+    patience = property(lambda worker: 8 if getattr(worker, "tries", 0) == Worker.TRIES else 200)
+    monkeypatch.setattr(Worker, "PATIENCE", patience)
+    workers = [Worker(cfg, 0) for _ in range(number)]
+    for worker in workers:
+        worker.send("build", 0)
+    assert [worker.receive() for worker in workers] == [None] * number
+    return workers
+
+
 @pytest.mark.parametrize("kind,where", [("kill", "reset"), ("kill", "step"), ("kill", "draw"), ("kill", "send"), ("hang", "step")])
 def test_a_simulator_process_that_dies_or_hangs_changes_nothing(tmp_path, monkeypatch, undisturbed, kind, where):
     cfg, expected = undisturbed
     monkeypatch.setenv("FAULT", f"{where} {kind} {2 if where == 'reset' else 3} {tmp_path / 'struck'}")
     monkeypatch.setattr(ript, "worker_main", faulty_worker)
-    monkeypatch.setattr(Worker, "PATIENCE", 15 if kind == "hang" else 120)
-    faulty = [Worker(cfg, 0) for _ in range(2)]
+    faulty = impatient_workers(monkeypatch, cfg, 2)
     assert fingerprint(*collect_with(faulty, pretrained(), cfg)[:2]) == expected
     assert (tmp_path / "struck").exists()
     for worker in faulty:
@@ -1027,8 +1037,7 @@ def stopping_worker(connection, cfg):
 def test_a_simulator_process_that_stops_in_the_middle_of_an_answer_is_replaced(tmp_path, monkeypatch):
     monkeypatch.setenv("FAULT", str(tmp_path / "struck"))
     monkeypatch.setattr(ript, "worker_main", stopping_worker)
-    monkeypatch.setattr(Worker, "PATIENCE", 20)
-    worker = Worker(config(), 0)
+    worker, = impatient_workers(monkeypatch, config(), 1)
     worker.begin(Episode(Context(0, TASKS[0], 1)))
     ran, success, raw, _ = worker.receive()
     assert (tmp_path / "struck").exists() and (ran, success, worker.tries) == (0, False, 2)
@@ -1593,15 +1602,15 @@ MISTAKES_OF_CHECKPOINTS = [  # of the released form; {tmp} is prepared below
     (OFT + "--fit_scale_head", "--fit_scale_head needs --demos DIR"),
     (OFT + "--adapter nobody/nothing/inside", "cannot read a policy from nobody/nothing/inside"),
     (OFT + "--adapter {tmp}/none", "cannot read a policy from {tmp}/none"),
-    (OFT + "--adapter {tmp}/rank", "cannot read a policy from {tmp}/rank: Error(s) in loading state_dict"),
-    (OFT + "--adapter {tmp}/fewer", "cannot read a policy from {tmp}/fewer: 2 tensors are missing"),
-    (OFT + "--adapter {tmp}/base", "do not belong to the model"),
+    (OFT + "--adapter {tmp}/rank", "{tmp}/rank: Error(s) in loading state_dict"),
+    (OFT + "--adapter {tmp}/fewer", "{tmp}/fewer: Error(s) in loading state_dict for OpenVLAOFT: Missing key(s)"),
+    (OFT + "--adapter {tmp}/base", "{tmp}/base: Error(s) in loading state_dict"),
     (OFT + "--adapter {tmp}/cut", "cannot read a policy from {tmp}/cut"),
     (OFT + "--adapter {tmp}/headless", "cannot read a policy from {tmp}/headless"),
     (OFT + "--adapter {tmp}/one_head", "cannot read a policy from {tmp}/one_head: 'scale_header'"),
-    (OFT + "--scale_head {tmp}/part.pth", "cannot read a policy from {tmp}/part.pth: 1 tensors are missing"),
+    (OFT + "--scale_head {tmp}/part.pth", "{tmp}/part.pth: Error(s) in loading state_dict for OpenVLAOFT: Missing key(s)"),
     ("--model openvla-oft --suite libero_10 --eval --checkpoint {tmp}/half", "model-00002-of-00003.safetensors"),
-    ("--model openvla-oft --suite libero_10 --eval --checkpoint {tmp}/less", "tensors are missing"),
+    ("--model openvla-oft --suite libero_10 --eval --checkpoint {tmp}/less", "Missing key(s)"),
     ("--model openvla-oft --suite libero_10 --eval --checkpoint {tmp}/pickle", "{tmp}/pickle/action_head--1000_checkpoint.pt"),
 ]
 

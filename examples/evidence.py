@@ -1,0 +1,99 @@
+"""The README's experiments: every seed of one, as a table, a figure and CSV files.
+
+    python examples/evidence.py              lists the experiments
+    python examples/evidence.py no_rejection k4 k16   runs ript.py for each seed, as far as runs/evidence lacks it
+
+Of each run, assets/evidence keeps metrics.csv and evaluation.csv, every context's outcome.
+"""
+import csv
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from scipy.stats import binomtest
+
+ROOT = Path(__file__).parents[1]
+ASSETS, SEEDS = ROOT / "assets/evidence", (0, 1, 2)
+LAPTOP = "--suite tabletop"  # the preset: 16 groups of 8 kept, 6 iterations, 1 demonstration per instruction
+EXPERIMENTS = dict(
+    tabletop=f"{LAPTOP}",
+    long=f"{LAPTOP} --iterations 15 --eval_every 3",
+    # 24 groups, none replaced: as many rollouts as the preset takes with its replacements
+    no_rejection=f"{LAPTOP} --groups 24 --max_rejected 0 --minibatch 192",
+    k4=f"{LAPTOP} --rollouts 4 --groups 32 --max_rejected 24",
+    k16=f"{LAPTOP} --rollouts 16 --groups 8 --max_rejected 6",
+    demos3=f"{LAPTOP} --demos_per_task 3 --sft_steps 15",
+    demos10=f"{LAPTOP} --demos_per_task 10 --sft_steps 50",
+    demos30=f"{LAPTOP} --demos_per_task 30 --sft_steps 150",
+)
+
+
+def read(path):
+    """The rows of a CSV file, numbers as numbers where they are there."""
+    with open(path, newline="") as file:
+        return [{name: value for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
+
+
+def run(name, seed):
+    """One run of ript.py; its two CSV files go to assets/evidence."""
+    out = ROOT / f"runs/evidence/{name}_{seed}"
+    if not (out / "evaluation.csv").exists():
+        arguments = EXPERIMENTS[name].split() + ["--seed", str(seed), "--out", str(out)]
+        subprocess.run([sys.executable, ROOT / "ript.py", *arguments], check=True, cwd=ROOT)
+    ASSETS.mkdir(parents=True, exist_ok=True)
+    for file in ("metrics", "evaluation"):
+        shutil.copyfile(out / f"{file}.csv", ASSETS / f"{name}_{seed}_{file}.csv")
+
+
+def share(won, number):
+    """'won/number [low, high]', Wilson's 95% interval in percent."""
+    low, high = binomtest(won, number).proportion_ci(method="wilson")
+    return f"{won}/{number} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def row(name, seed):
+    """A run as a line of the README's table."""
+    contexts, metrics = (read(ASSETS / f"{name}_{seed}_{file}.csv") for file in ("evaluation", "metrics"))
+    before, after = ([int(c[stage]) for c in contexts] for stage in ("SFT", "RIPT"))
+    gained, lost = (sum(b == x and a == 1 - x for b, a in zip(before, after)) for x in (0, 1))
+    p = binomtest(gained, max(gained + lost, 1)).pvalue
+    rollouts = [m for m in metrics if "rollouts" in m]
+    total = lambda key: sum(float(m[key]) for m in rollouts)
+    uniform = 1 - total("kept") / (total("kept") + total("solved") + total("failed"))
+    return (f"| {name} | {seed} | {share(sum(before), len(before))} | {share(sum(after), len(after))} | "
+            f"{gained}, {lost}, {p:.1g} | {total('rollouts'):.0f} | {uniform:.0%} | "
+            f"{total('seconds_rollouts') + total('seconds_update'):.0f} |")
+
+
+def figure(names):
+    """Success on the held-out contexts against rollouts, a line per seed."""
+    drawing = Figure(figsize=(7, 4))
+    axes = drawing.subplots()
+    for colour, name in enumerate(names):
+        for seed in SEEDS:
+            done, points = 0, []
+            for m in read(ASSETS / f"{name}_{seed}_metrics.csv"):
+                done += int(m.get("rollouts", 0))
+                points += [(done, 100 * float(m["eval_success"]))] if "eval_success" in m else []
+            axes.plot(*zip(*points), "o-", color=f"C{colour}", label=name if seed == SEEDS[0] else None)
+    axes.set(xlabel="rollouts", ylabel="success on held-out contexts, %", ylim=(0, 103))
+    axes.legend()
+    path = ASSETS / f"{'_'.join(names)}.png"
+    drawing.savefig(path, bbox_inches="tight", dpi=120)
+    return path
+
+
+if __name__ == "__main__":
+    names = sys.argv[1:]
+    if not names or set(names) - set(EXPERIMENTS):
+        sys.exit("the experiments: " + ", ".join(EXPERIMENTS))
+    for name in names:
+        for seed in SEEDS:
+            run(name, seed)
+    print("| | seed | SFT | RIPT | gained, lost, p | rollouts | uniform groups | seconds |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in names:
+        print("\n".join(row(name, seed) for seed in SEEDS))
+    print(figure(names))
