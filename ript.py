@@ -505,7 +505,8 @@ class OpenVLAOFT(nn.Module):
                 del weights[name]
             for name, value in named.items():
                 name = part + name.removeprefix("module.")  # which DistributedDataParallel puts before it
-                weights[name] = value.to(device, torch.float32 if adapts(name) else dtype)
+                # A copy, which torch aligns: to the last bit, results depend on where in memory weights are.
+                weights[name] = value.to(device, torch.float32 if adapts(name) else dtype, copy=True)
         try:
             path, tokenizer = fetch(path), None
             arch, vocabulary = Architecture.read(path, suite), path / "tokenizer.json"
@@ -517,7 +518,7 @@ class OpenVLAOFT(nn.Module):
             llama.rotary_emb = type(llama.rotary_emb)(llama.config)  # is in no file
             take("scale_head.", policy.scale_head.state_dict())  # a release has none
             for at in sorted(path.glob("model*.safetensors")):
-                take("", load_file(at, str(device)))
+                take("", load_file(at))
             for at in sorted(path.glob("*--*_checkpoint.pt")):
                 take(at.name.split("--")[0] + ".", unpickle(at))
             if scale_head and (at := scale_head):
@@ -721,7 +722,7 @@ class Context:
     task: int
     instruction: str
     seed: int  # of numpy's global generator, from which a reset draws where things stand
-    state: Optional[np.ndarray] = None  # flattened simulator state to set after the reset
+    state: Optional[np.ndarray] = field(default=None, repr=False)  # flattened, to set after the reset
     index: int = -1  # place in a finite set of contexts; -1: drawn anew
 
 @cache
@@ -774,7 +775,7 @@ class Libero:
     """
     INSTRUCTIONS, HORIZON = (), 0  # a text per task; the control steps of 50 ms that an episode may take
     PRESET, BENCHMARK = {}, None  # settings per model, which override PRESETS; LIBERO's object of the suite
-    scripted = None  # or a classmethod (workers, cfg) -> demonstrations as Episodes, where an expert makes them
+    scripted = None  # or a classmethod (workers, cfg) -> Episodes: demonstrations that an expert makes
     CAMERAS = ("agentview", "robot0_eye_in_hand")
     ROBOT = dict(robots=["Panda"], use_camera_obs=False, has_renderer=False, has_offscreen_renderer=True,
                  ignore_done=True, control_freq=20, hard_reset=False)
@@ -926,6 +927,7 @@ class Episode:
     executed: list = field(default_factory=list)  # action steps executed of each query's H
     success: bool = False
     frames: list = field(default_factory=list)  # of a film; of a demonstration (raw observation, action)
+    iteration: int = -1  # from 0; -1: of an evaluation or a demonstration
 
 def simulate(policy, workers, queue, cfg, explore=None, film=False, method="reset"):
     """Roll out every Episode of a deque, which the caller may extend meanwhile; yield each as it ends.
@@ -964,7 +966,8 @@ def respond(policy, workers, horizon, explore, film):
     for worker, episode, record in zip(workers, episodes, records):
         actions = record.pop("actions")[:horizon - sum(episode.executed)]
         if not np.isfinite(actions).all():
-            raise RuntimeError(f"action not finite in group {episode.group}, {episode.context}")
+            raise RuntimeError(f"action is not finite in iteration {episode.iteration + 1}, "
+                               f"group {episode.group}, {episode.context}")
         worker.send("step", actions, film)
         episode.records.append(dict(record, seconds=(time.time() - began) / len(workers)))
 
@@ -984,7 +987,7 @@ def collect(policy, workers, context_of, run, cfg):
     began, queue, groups, ended, ticket = time.time(), deque(), {}, Counter(), None
     stream = (number for number in itertools.count(run["group"]) if number not in run["skip"])
     numbers = list(itertools.islice(stream, cfg.groups + cfg.max_rejected))
-    explore = lambda e: np.random.default_rng((cfg.seed, run["iteration"], e.group, e.k, len(e.records)))
+    explore = lambda e: np.random.default_rng((cfg.seed, e.iteration, e.group, e.k, len(e.records)))
     store = STORE or distributed.HashStore()
     count = lambda what, more=0: store.add(f"{run['iteration']} {what}", more)
     allowed = lambda: cfg.groups + min(count("rejected"), cfg.max_rejected)
@@ -996,7 +999,8 @@ def collect(policy, workers, context_of, run, cfg):
             if ticket >= allowed():
                 return
             number, ticket = numbers[ticket], None
-            groups[number] = [Episode(context_of(number), number, k) for k in range(cfg.rollouts)]
+            groups[number] = [Episode(context_of(number), number, k, iteration=run["iteration"])
+                              for k in range(cfg.rollouts)]
             queue.extend(groups[number])
 
     while count("ended") < allowed():

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import ript
 
 ASSETS = Path(__file__).parents[1] / "assets/evidence"
-EPISODES, ROUNDS = 8, 3
+EPISODES, ROUNDS = 4, 3  # of 280 steps each; a multiple of the workers
 
 
 class Replay:
