@@ -1,12 +1,12 @@
 """How fast rollouts are, and what an iteration costs.
 
-    python examples/benchmark.py speed     collect() against the released way of stepping, and against the limit
+    python examples/benchmark.py speed     collect() against the released way of stepping and the limit
     python examples/benchmark.py growth    seconds of an iteration against contexts, K, horizon and workers
 
 Speed is measured on one task of LIBERO-Object with the same actions from the same stored states, in turns:
 
-    released   LIBERO's SubprocVectorEnv of OffScreenRenderEnv: two pictures of 256x256 pixels at every step, a
-               hard reset for each episode, in lock step
+    released   LIBERO's SubprocVectorEnv of OffScreenRenderEnv: two pictures of 256x256 pixels at every step,
+               a hard reset for each episode, in lock step
     collect    ript.collect, with pictures of the same kind when the policy looks
     limit      each worker for itself: the same physics, the pictures that a policy looks at, but no policy,
                no messages, nobody to wait for
@@ -85,9 +85,9 @@ def ask(workers, method, arguments):
 def speed():
     """Environment steps per second of the three ways, in turns."""
     from libero.libero.envs import OffScreenRenderEnv, SubprocVectorEnv
-    cfg = ript.parse_config(["--suite", "libero_object", "--task", "0", "--image_size", "256", "--collision",
-                             "false", "--groups", str(EPISODES // 2), "--rollouts", "2", "--max_rejected", "0",
-                             *sys.argv[2:]])
+    settings = "--suite libero_object --task 0 --image_size 256 --rollouts 2"
+    settings += " --collision false --max_rejected 0"
+    cfg = ript.parse_config([*settings.split(), "--groups", str(EPISODES // 2), *sys.argv[2:]])
     suite = ript.load_suite(cfg.suite)
     states, horizon, bench = suite.held_out(0, EPISODES // 2), suite.HORIZON, suite.BENCHMARK
     contexts = [ript.Context(0, suite.INSTRUCTIONS[0], 0, state) for state in states]
@@ -98,8 +98,9 @@ def speed():
     numbers = [(group, k) for group in range(EPISODES // 2) for k in range(2)]
 
     def released():
-        env = SubprocVectorEnv([lambda: OffScreenRenderEnv(
-            bddl_file_name=bench.get_task_bddl_file_path(0), camera_heights=256, camera_widths=256)] * cfg.workers)
+        make = lambda: OffScreenRenderEnv(bddl_file_name=bench.get_task_bddl_file_path(0), camera_heights=256,
+                                          camera_widths=256)
+        env = SubprocVectorEnv([make] * cfg.workers)
         began = time.perf_counter()  # building is left out, here as everywhere
         for start in range(0, EPISODES, cfg.workers):
             part = numbers[start:start + cfg.workers]
@@ -167,8 +168,8 @@ def growth():
     """Seconds of collect and update, for one thing at a time that is halved and doubled."""
     base = dict(groups=16, rollouts=8, workers=2)
     cases = [("", base, "Coin")]
-    cases += [(f"{name} {n}", base | {name: n}, "Coin") for name, n in
-              (("groups", 8), ("groups", 32), ("rollouts", 4), ("rollouts", 16), ("workers", 1), ("workers", 3))]
+    cases += [(f"{name} {n}", base | {name: n}, "Coin") for name, numbers in
+              dict(groups=(8, 32), rollouts=(4, 16), workers=(1, 3)).items() for n in numbers]
     cases += [("horizon 16", base, "Coin16"), ("horizon 64", base, "Coin64")]
     rows = []
     for name, settings, suite in cases:

@@ -1,7 +1,7 @@
 """The README's experiments: every seed of one, as a table, a figure and CSV files.
 
     python examples/evidence.py              lists the experiments
-    python examples/evidence.py no_rejection k4 k16   runs ript.py for each seed, as far as runs/evidence lacks it
+    python examples/evidence.py k4 k16       runs ript.py for each seed, as far as runs/evidence lacks it
 
 Of each run, assets/evidence keeps metrics.csv and evaluation.csv, every context's outcome.
 """
@@ -71,13 +71,14 @@ def figure(names):
     """Success on the held-out contexts against rollouts, a line per seed."""
     drawing = Figure(figsize=(7, 4))
     axes = drawing.subplots()
-    for colour, name in enumerate(names):
+    for number, name in enumerate(names):
         for seed in SEEDS:
+            colour, label = (number, "" if seed else name) if len(names) > 1 else (seed, f"seed {seed}")
             done, points = 0, []
             for m in read(ASSETS / f"{name}_{seed}_metrics.csv"):
                 done += int(m.get("rollouts", 0))
                 points += [(done, 100 * float(m["eval_success"]))] if "eval_success" in m else []
-            axes.plot(*zip(*points), "o-", color=f"C{colour}", label=name if seed == SEEDS[0] else None)
+            axes.plot(*zip(*points), "o-", color=f"C{colour}", label=label)
     axes.set(xlabel="rollouts", ylabel="success on held-out contexts, %", ylim=(0, 103))
     axes.legend()
     path = ASSETS / f"{'_'.join(names)}.png"

@@ -36,7 +36,8 @@ class Scripted(Libero):
                 records = [dict(look=partial(dict, raw), label=action) for raw, action in episode.frames]
                 demos.append(replace(episode, records=records, frames=[]))
             elif attempts < 50 + 3 * len(contexts):  # another scene instead
-                queue.append(Episode(replace(episode.context, seed=episode.context.seed + 1000), episode.group))
+                context = replace(episode.context, seed=episode.context.seed + 1000)
+                queue.append(Episode(context, episode.group))
         say(f"scripted expert: success in {interval(len(demos), attempts)} of attempts")
         return sorted(demos, key=lambda demo: demo.group)
 
@@ -132,11 +133,15 @@ class Tabletop(TabletopPretrain):
 
 class LiberoObject(Scripted):
     """LIBERO-Object: an expert for ten things to be put into a basket."""
+    # A finer b than on the table: with 0.1 to 0.2, 2% of the rollouts succeed where the mean does in 46%.
+    PRESET = dict(tiny=TINY | dict(sft_steps=1000, scale_multiplier=0.15, groups=16, max_rejected=12,
+                                   lr=2e-5))
 
     def expert(self, closing):
         """The next action (7,): above the thing, down, close, up, to the basket, open."""
         model, data, hand = self.env.sim.model, self.env.sim.data, self.env._eef_xpos
-        bodies = [self.env.obj_body_id[name] for name in self.env.obj_of_interest if name in self.env.obj_body_id]
+        numbers = self.env.obj_body_id  # by name; a place in the basket, also of interest, has none
+        bodies = [numbers[name] for name in self.env.obj_of_interest if name in numbers]
         thing, basket = data.body_xpos[bodies]
         boxes = np.flatnonzero((model.geom_bodyid == bodies[0]) & (model.geom_group == 0))
         tops = data.geom_xpos[boxes, 2] + (np.abs(data.geom_xmat[boxes, 6:]) * model.geom_size[boxes]).sum(-1)
