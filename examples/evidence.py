@@ -2,6 +2,7 @@
 
     python examples/evidence.py              lists the experiments
     python examples/evidence.py k4 k16       runs ript.py for each seed, as far as runs/evidence lacks it
+    python examples/evidence.py senses       the tabletop's policies, misled and blind
 
 Of each run, assets/evidence keeps metrics.csv and evaluation.csv, every context's outcome.
 """
@@ -11,10 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import ript
+
 ASSETS, SEEDS = ROOT / "assets/evidence", (0, 1, 2)
 LAPTOP = "--suite tabletop"  # the preset: 16 groups of 8 kept, 6 iterations, 1 demonstration per instruction
 EXPERIMENTS = dict(
@@ -31,7 +36,7 @@ EXPERIMENTS = dict(
 
 
 def read(path):
-    """The rows of a CSV file, numbers as numbers where they are there."""
+    """The rows of a CSV file, without their empty cells."""
     with open(path, newline="") as file:
         return [{name: value for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
 
@@ -86,8 +91,44 @@ def figure(names):
     return path
 
 
+class Misled(ript.load_suite("tabletop")):
+    """The laptop's suite, in which the policy is told to lift the other cube."""
+    INSTRUCTIONS = ript.load_suite("tabletop").INSTRUCTIONS[::-1]
+
+
+class Blind(ript.load_suite("tabletop")):
+    """The laptop's suite, in which the cameras see grey."""
+    def draw(self, camera, size, collision):
+        return np.full((size, size, 3), 128, np.uint8)
+
+
+def senses():
+    """Success of the tabletop's policies as they are, with the other instruction, and with grey pictures."""
+    print("| seed | | as it is | other instruction | grey pictures |\n|---|---|---|---|---|")
+    rows = []
+    for seed in SEEDS:
+        for stage, policy in dict(SFT="sft", RIPT="last").items():
+            cells = []
+            for suite in ("tabletop", f"{__file__}:Misled", f"{__file__}:Blind"):
+                out = ROOT / "runs/evidence/senses"
+                run = ROOT / f"runs/evidence/tabletop_{seed}"
+                subprocess.run([sys.executable, ROOT / "ript.py", "--eval", "--suite", suite, "--checkpoint",
+                                run / policy, "--out", out], check=True, stdout=subprocess.DEVNULL)
+                won = [int(row["success"]) for row in read(out / "evaluation.csv")]
+                cells.append(share(sum(won), len(won)))
+            print(f"| {seed} | {stage} | " + " | ".join(cells) + " |", flush=True)
+            rows.append(dict(zip(("seed", "stage", "as it is", "other instruction", "grey pictures"),
+                                 (seed, stage, *cells))))
+    with open(ASSETS / "senses.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+
+
 if __name__ == "__main__":
     names = sys.argv[1:]
+    if names == ["senses"]:
+        sys.exit(senses())
     if not names or set(names) - set(EXPERIMENTS):
         sys.exit("the experiments: " + ", ".join(EXPERIMENTS))
     for name in names:
