@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -1712,6 +1713,14 @@ def test_presets_yield_to_the_command_line_and_libero_long_is_libero_10():
     oft = [config("--model", "openvla-oft", "--suite", suite) for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_long")]
     assert [cfg.scale_multiplier for cfg in oft] == [2, 5, 5, 5] and [cfg.lr for cfg in oft] == [5e-5, 5e-5, 1e-5, 5e-5]
     assert all((cfg.rollouts, cfg.groups, cfg.passes, cfg.clip, cfg.iterations, cfg.eval_contexts) == (8, 24, 1, 0.1, 12, 50) for cfg in oft)
+
+
+def test_every_experiment_of_the_readme_is_a_run_that_ript_accepts():
+    evidence = runpy.run_path(str(HERE / "examples/evidence.py"))
+    for arguments in evidence["EXPERIMENTS"].values():
+        ript.check(config(*arguments.split()))
+    seeds = [evidence["row"]("tabletop", seed) for seed in evidence["SEEDS"]]  # from assets/evidence
+    assert [line.split("|")[3:5] for line in seeds[:1]] == [[" 18/100 [12, 27] ", " 100/100 [96, 100] "]] and len(seeds) == 3
 
 
 def test_metrics_and_checkpoints_are_written_whole_or_not_at_all(tmp_path, capsys):
