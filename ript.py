@@ -29,6 +29,7 @@ for name, value in dict(MUJOCO_GL="egl", OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOU
                         LIBERO_CONFIG_PATH=f"{sys.prefix}/.libero").items():
     os.environ.setdefault(name, value)  # mujoco, OpenMP and LIBERO read these when they are imported
 
+import csv
 import io
 import itertools
 import json
@@ -1226,9 +1227,11 @@ def write(path, writer):
 
 def write_csv(path, rows):
     """Dicts as a table, with a column for every key of any."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [keys] + [[str(row.get(key, "")) for key in keys] for row in rows]
-    write(path, lambda temporary: temporary.write_text("".join(",".join(line) + "\n" for line in lines)))
+    text, keys = io.StringIO(), list(dict.fromkeys(key for row in rows for key in row))
+    table = csv.DictWriter(text, keys, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write(path, lambda temporary: temporary.write_text(text.getvalue()))
 
 def write_metrics(out, history):
     """metrics.jsonl, metrics.csv and curve.png of all iterations so far."""

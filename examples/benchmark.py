@@ -11,7 +11,6 @@ Speed is measured on one task of LIBERO-Object with the same actions from the sa
     limit      each worker for itself: the same physics, the pictures that a policy looks at, but no policy,
                no messages, nobody to wait for
 """
-import csv
 import sys
 import time
 from contextlib import redirect_stdout
@@ -101,7 +100,8 @@ def speed():
         make = lambda: OffScreenRenderEnv(bddl_file_name=bench.get_task_bddl_file_path(0), camera_heights=256,
                                           camera_widths=256)
         env = SubprocVectorEnv([make] * cfg.workers)
-        began = time.perf_counter()  # building is left out, here as everywhere
+        env.get_sim_state()  # which waits until they are built: that is left out, here as everywhere
+        began = time.perf_counter()
         for start in range(0, EPISODES, cfg.workers):
             part = numbers[start:start + cfg.workers]
             env.reset()
@@ -115,7 +115,8 @@ def speed():
         return EPISODES * horizon / seconds, None
 
     def collect():
-        ask(workers, "build", [[0]] * cfg.workers), ask(workers, "busy", [[]] * cfg.workers)
+        ask(workers, "build", [[0]] * cfg.workers)
+        ask(workers, "busy", [[]] * cfg.workers)
         run = dict(iteration=0, group=0, skip=[])
         began = time.perf_counter()
         with open(devnull, "w") as file, redirect_stdout(file):  # no group has signal, and it says so
@@ -139,7 +140,7 @@ def speed():
         row |= dict(to_released=row["collect"] / row["released"], to_limit=row["collect"] / row["limit"])
         print("  ".join(f"{name} {value:.3g}" for name, value in row.items()), flush=True)
         rows.append(row)
-    write("speed", rows)
+    ript.write_csv(ASSETS / "speed.csv", rows)
     print("median  " + "  ".join(f"{name} {median(row[name] for row in rows):.3g}" for name in rows[0]))
 
 
@@ -193,16 +194,7 @@ def growth():
                          rollout_seconds=round(stats["seconds_rollouts"], 2),
                          update_seconds=round(stats["seconds_update"], 2)))
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-    write("growth", rows)
-
-
-def write(name, rows):
-    """Keep rows beside the README's other results."""
-    ASSETS.mkdir(parents=True, exist_ok=True)
-    with open(ASSETS / f"{name}.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows(rows)
+    ript.write_csv(ASSETS / "growth.csv", rows)
 
 
 if __name__ == "__main__":

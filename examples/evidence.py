@@ -21,17 +21,16 @@ sys.path.insert(0, str(ROOT))
 import ript
 
 ASSETS, SEEDS = ROOT / "assets/evidence", (0, 1, 2)
-LAPTOP = "--suite tabletop"  # the preset: 16 groups of 8 kept, 6 iterations, 1 demonstration per instruction
-EXPERIMENTS = dict(
-    tabletop=f"{LAPTOP}",
-    long=f"{LAPTOP} --iterations 15 --eval_every 3",
+EXPERIMENTS = dict(  # settings of the laptop's suite, over its preset
+    tabletop="",  # 16 groups of 8 kept, 6 iterations, 1 demonstration per instruction
+    long="--iterations 15 --eval_every 3",
     # 24 groups, none replaced: as many rollouts as the preset takes with its replacements
-    no_rejection=f"{LAPTOP} --groups 24 --max_rejected 0 --minibatch 192",
-    k4=f"{LAPTOP} --rollouts 4 --groups 32 --max_rejected 24",
-    k16=f"{LAPTOP} --rollouts 16 --groups 8 --max_rejected 6",
-    demos3=f"{LAPTOP} --demos_per_task 3 --sft_steps 15",
-    demos10=f"{LAPTOP} --demos_per_task 10 --sft_steps 50",
-    demos30=f"{LAPTOP} --demos_per_task 30 --sft_steps 150",
+    no_rejection="--groups 24 --max_rejected 0 --minibatch 192",
+    k4="--rollouts 4 --groups 32 --max_rejected 24",
+    k16="--rollouts 16 --groups 8 --max_rejected 6",
+    demos3="--demos_per_task 3 --sft_steps 15",
+    demos10="--demos_per_task 10 --sft_steps 50",
+    demos30="--demos_per_task 30 --sft_steps 150",
 )
 
 
@@ -47,15 +46,8 @@ def run(name, seed):
     if not (out / "evaluation.csv").exists():
         arguments = EXPERIMENTS[name].split() + ["--seed", str(seed), "--out", str(out)]
         subprocess.run([sys.executable, ROOT / "ript.py", *arguments], check=True, cwd=ROOT)
-    ASSETS.mkdir(parents=True, exist_ok=True)
     for file in ("metrics", "evaluation"):
         shutil.copyfile(out / f"{file}.csv", ASSETS / f"{name}_{seed}_{file}.csv")
-
-
-def share(won, number):
-    """'won/number [low, high]', Wilson's 95% interval in percent."""
-    low, high = binomtest(won, number).proportion_ci(method="wilson")
-    return f"{won}/{number} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 def row(name, seed):
@@ -67,7 +59,7 @@ def row(name, seed):
     rollouts = [m for m in metrics if "rollouts" in m]
     total = lambda key: sum(float(m[key]) for m in rollouts)
     uniform = 1 - total("kept") / (total("kept") + total("solved") + total("failed"))
-    return (f"| {name} | {seed} | {share(sum(before), len(before))} | {share(sum(after), len(after))} | "
+    return (f"| {name} | {seed} | {ript.interval(sum(before), len(before))} | {ript.interval(sum(after), len(after))} | "
             f"{gained}, {lost}, {p:.1g} | {total('rollouts'):.0f} | {uniform:.0%} | "
             f"{total('seconds_rollouts') + total('seconds_update'):.0f} |")
 
@@ -115,14 +107,11 @@ def senses():
                 subprocess.run([sys.executable, ROOT / "ript.py", "--eval", "--suite", suite, "--checkpoint",
                                 run / policy, "--out", out], check=True, stdout=subprocess.DEVNULL)
                 won = [int(row["success"]) for row in read(out / "evaluation.csv")]
-                cells.append(share(sum(won), len(won)))
+                cells.append(ript.interval(sum(won), len(won)))
             print(f"| {seed} | {stage} | " + " | ".join(cells) + " |", flush=True)
             rows.append(dict(zip(("seed", "stage", "as it is", "other instruction", "grey pictures"),
                                  (seed, stage, *cells))))
-    with open(ASSETS / "senses.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows(rows)
+    ript.write_csv(ASSETS / "senses.csv", rows)
 
 
 if __name__ == "__main__":
