@@ -817,17 +817,23 @@ def test_the_table_has_wilson_intervals_per_task_and_the_exact_test_of_pairs():
 
 
 def test_a_signal_ends_a_run_and_its_simulators_without_a_traceback(tmp_path):
-    runs = {number: subprocess.Popen([sys.executable, HERE / "ript.py", *map(str, QUICK), "--out", tmp_path / str(int(number))],
-                                     stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            for number in (signal.SIGINT, signal.SIGTERM)}
-    for number, trainer in runs.items():
-        while not (tmp_path / str(int(number)) / "metrics.jsonl").exists():
-            assert trainer.poll() is None
+    """Two runs get theirs after an evaluation; the last gets Ctrl-C, which goes to all processes, in the simulators' imports."""
+    cases = [(signal.SIGINT, "metrics.jsonl"), (signal.SIGTERM, "metrics.jsonl"), (signal.SIGINT, "config.json")]
+    runs = [subprocess.Popen([sys.executable, HERE / "ript.py", *map(str, QUICK), "--out", tmp_path / str(i)], text=True,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+            for i in range(len(cases))]
+    for i, (number, moment) in reversed(list(enumerate(cases))):
+        while not (tmp_path / str(i) / moment).exists():
+            assert runs[i].poll() is None
             time.sleep(0.02)
-        children = children_of(trainer.pid)
-        trainer.send_signal(number)
-        assert "Traceback" not in trainer.communicate(timeout=20)[1]
-        assert trainer.returncode == -number and len(children) >= 2  # which a shell shows as 130 and 143
+        if moment == "config.json":
+            time.sleep(3)
+            assert not (tmp_path / str(i) / "sft").exists()
+        children = children_of(runs[i].pid)
+        (os.killpg if moment == "config.json" else os.kill)(runs[i].pid, number)
+        said = runs[i].communicate(timeout=60 if moment == "config.json" else 20)[1]  # simulators end their imports first
+        assert "Traceback" not in said and "KeyboardInterrupt" not in said
+        assert runs[i].returncode == -number and len(children) >= 2  # which a shell shows as 130 and 143
         while any(Path(f"/proc/{pid}").exists() for pid in children):
             time.sleep(0.1)
 
