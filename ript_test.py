@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import h5py
@@ -854,11 +856,12 @@ def test_a_damaged_run_is_not_resumed_and_one_sentence_says_so(finished, tmp_pat
 
 
 def test_two_and_three_processes_equal_one(finished, tmp_path):
-    for n in (2, 3):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
-                   HERE / "ript.py", *map(str, QUICK), "--workers", "1", "--out", tmp_path / str(n)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr
+    jobs = {n: subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
+                                 HERE / "ript.py", *map(str, QUICK), "--workers", "1", "--out", tmp_path / str(n)],
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for n in (2, 3)}
+    for n, job in jobs.items():
+        error = job.communicate(timeout=600)[1]
+        assert job.returncode == 0, error
         for row, expected in zip(rows_without_seconds(tmp_path / str(n)), rows_without_seconds(finished[0]), strict=True):
             for name in set(expected) - {"ratio_error"}:  # which is rounding itself
                 assert row[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
@@ -988,26 +991,26 @@ def test_libero_demonstrations_give_observations_actions_and_contexts(tmp_path):
 
 # ------------------------------------------------------------------------- several processes, faults, interruptions
 def faulty_worker(connection, *arguments):
-    """worker_main in a process that dies or hangs once, at the n-th call of what FAULT names."""
-    where, kind, n, flag = os.environ["FAULT"].split()
-    calls = [0]
+    """worker_main in a process that dies or hangs at the n-th call of what the file FAULT names, and removes the file."""
+    plan, calls = Path(os.environ["FAULT"]), Counter()
 
-    def strike(original):
+    def strike(original, where):
         def call(*args, **kwargs):
-            calls[0] += 1
-            if calls[0] == int(n) and not Path(flag).exists():
-                Path(flag).touch()
-                os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+            with suppress(FileNotFoundError):  # or the other process was quicker
+                kind, place, n = plan.read_text().split()
+                calls[kind, where] += 1
+                if place == where and calls[kind, where] == int(n):
+                    plan.unlink()
+                    os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
             return original(*args, **kwargs)
         return call
 
-    if where == "send":
-        class Faulty:
-            recv, send = connection.recv, staticmethod(strike(connection.send))
-        ript.worker_main(Faulty, *arguments)
+    class Faulty:
+        recv, send = connection.recv, staticmethod(strike(connection.send, "send"))
     suite = load_suite("tabletop")
-    setattr(suite, where, strike(getattr(suite, where)))
-    ript.worker_main(connection, *arguments)
+    for method in ("reset", "step", "draw"):
+        setattr(suite, method, strike(getattr(suite, method), method))
+    ript.worker_main(Faulty, *arguments)
 
 
 def fingerprint(episodes, rewards):
@@ -1021,27 +1024,42 @@ def undisturbed(workers):
     return cfg, fingerprint(*collect_with(workers[:2], pretrained(), cfg)[:2])
 
 
-def impatient_workers(monkeypatch, cfg, number):
-    """Workers that wait 8 s for the processes they have, which are up, and longer for those that replace them."""
+def sabotage(monkeypatch, main, plan):
+    """Let workers run main, and wait 8 s for the processes they have, which are up, and longer for those that replace them."""
     patience = property(lambda worker: 8 if getattr(worker, "tries", 0) == Worker.TRIES else 200)
     monkeypatch.setattr(Worker, "PATIENCE", patience)
-    workers = [Worker(cfg, 0) for _ in range(number)]
+    monkeypatch.setattr(ript, "worker_main", main)
+    monkeypatch.setenv("FAULT", str(plan))
+
+
+def workers_that_are_up(number):
+    workers = [Worker(config(), 0) for _ in range(number)]
     for worker in workers:
         worker.send("build", 0)
     assert [worker.receive() for worker in workers] == [None] * number
     return workers
 
 
-@pytest.mark.parametrize("kind,where", [("kill", "reset"), ("kill", "step"), ("kill", "draw"), ("kill", "send"), ("hang", "step")])
-def test_a_simulator_process_that_dies_or_hangs_changes_nothing(tmp_path, monkeypatch, undisturbed, kind, where):
-    cfg, expected = undisturbed
-    monkeypatch.setenv("FAULT", f"{where} {kind} {2 if where == 'reset' else 3} {tmp_path / 'struck'}")
-    monkeypatch.setattr(ript, "worker_main", faulty_worker)
-    faulty = impatient_workers(monkeypatch, cfg, 2)
-    assert fingerprint(*collect_with(faulty, pretrained(), cfg)[:2]) == expected
-    assert (tmp_path / "struck").exists()
-    for worker in faulty:
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    """Workers and the file that tells them to fail."""
+    plan = tmp_path_factory.mktemp("fault") / "plan"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        sabotage(monkeypatch, faulty_worker, plan)
+        workers = workers_that_are_up(2)
+    yield workers, plan
+    for worker in workers:
         worker.process.kill()
+
+
+@pytest.mark.parametrize("kind,where", [("kill", "reset"), ("kill", "step"), ("kill", "draw"), ("kill", "send"), ("hang", "step")])
+def test_a_simulator_process_that_dies_or_hangs_changes_nothing(monkeypatch, faulty, undisturbed, kind, where):
+    (workers, plan), (cfg, expected) = faulty, undisturbed
+    sabotage(monkeypatch, faulty_worker, plan)  # also those that replace what fails
+    processes = {worker.process.pid for worker in workers}
+    plan.write_text(f"{kind} {where} {2 if where == 'reset' else 3}")
+    assert fingerprint(*collect_with(workers, pretrained(), cfg)[:2]) == expected
+    assert not plan.exists() and len(processes - {worker.process.pid for worker in workers}) == 1
 
 
 class Half:
@@ -1060,9 +1078,8 @@ def stopping_worker(connection, cfg):
 
 
 def test_a_simulator_process_that_stops_in_the_middle_of_an_answer_is_replaced(tmp_path, monkeypatch):
-    monkeypatch.setenv("FAULT", str(tmp_path / "struck"))
-    monkeypatch.setattr(ript, "worker_main", stopping_worker)
-    worker, = impatient_workers(monkeypatch, config(), 1)
+    sabotage(monkeypatch, stopping_worker, tmp_path / "struck")
+    worker, = workers_that_are_up(1)
     worker.begin(Episode(Context(0, TASKS[0], 1)))
     ran, success, raw, _ = worker.receive()
     assert (tmp_path / "struck").exists() and (ran, success, worker.tries) == (0, False, 2)

@@ -31,7 +31,9 @@ EXPERIMENTS = dict(  # settings of the laptop's suite, over its preset
     demos3="--demos_per_task 3 --sft_steps 15",
     demos10="--demos_per_task 10 --sft_steps 50",
     demos30="--demos_per_task 30 --sft_steps 150",
+    transfer=f"--suite {__file__}:HandOver",
 )
+TABLETOP = ript.load_suite("tabletop")
 
 
 def read(path):
@@ -83,12 +85,34 @@ def figure(names):
     return path
 
 
-class Misled(ript.load_suite("tabletop")):
+class HandOver(ript.load_suite("tabletop_pretrain")):
+    """A goal that pretraining did not have (the paper's section 5.4): lift the cube and bring it 6 cm closer."""
+    INSTRUCTIONS, HORIZON = ("hand me the red cube", "hand me the green cube"), 36
+    PRESET = dict(tiny=TABLETOP.PRESET["tiny"] | dict(sft_steps=60, sft_lr=1.5e-4, iterations=8))
+
+    def reset(self, context):
+        """As ever, and where the cube is."""
+        answer = super().reset(context)
+        self.start = self.cube()[0]
+        return answer
+
+    def success(self):
+        """The reward: the cube is lifted, and 6 cm further from the robot than it was."""
+        return super().success() and bool(self.cube()[0] > self.start + 0.06)
+
+    def expert(self, closing):
+        """The next action (7,): as before, but forward while up."""
+        if closing >= 6:
+            return self.toward(self.env._eef_xpos + [0.1, 0, 0], 1, 1)
+        return super().expert(closing)
+
+
+class Misled(TABLETOP):
     """The laptop's suite, in which the policy is told to lift the other cube."""
-    INSTRUCTIONS = ript.load_suite("tabletop").INSTRUCTIONS[::-1]
+    INSTRUCTIONS = TABLETOP.INSTRUCTIONS[::-1]
 
 
-class Blind(ript.load_suite("tabletop")):
+class Blind(TABLETOP):
     """The laptop's suite, in which the cameras see grey."""
     def draw(self, camera, size, collision):
         return np.full((size, size, 3), 128, np.uint8)
