@@ -86,9 +86,10 @@ def figure(names):
 
 
 class HandOver(ript.load_suite("tabletop_pretrain")):
-    """A goal that pretraining did not have (the paper's section 5.4): lift the cube and bring it 6 cm closer."""
+    """A goal that pretraining did not have (the paper's section 5.4): lift the cube, bring it 6 cm closer."""
     INSTRUCTIONS, HORIZON = ("hand me the red cube", "hand me the green cube"), 36
-    PRESET = dict(tiny=TABLETOP.PRESET["tiny"] | dict(sft_steps=60, sft_lr=1.5e-4, iterations=15, eval_every=5))
+    PRESET = dict(tiny=TABLETOP.PRESET["tiny"] | dict(sft_steps=60, sft_lr=1.5e-4, iterations=15,
+                                                      eval_every=5))
 
     def reset(self, context):
         """As ever, and where the cube is."""
