@@ -145,7 +145,9 @@ PRESETS["openvla-oft", "libero_goal"] |= dict(lr=1e-5)
 
 def fail(message):
     """What the user can mend: one sentence, exit status 2."""
-    say(f"ript.py: {' '.join(str(message).split())[:500]}", sys.stderr)
+    time.sleep(2 * (RANK > 0))  # where rank 0 fails alike, torchrun ends this one before it says so too
+    who = f"ript.py, rank {RANK}" if RANK else "ript.py"
+    print(f"{who}: {' '.join(str(message).split())[:500]}", file=sys.stderr, flush=True)
     sys.unraisablehook = lambda _: None  # what is half made would complain when it is deleted
     sys.exit(2)
 
@@ -242,10 +244,10 @@ def join(device):
             "nccl" if device.startswith("cuda") else "gloo", store=STORE, rank=RANK, world_size=WORLD,
             timeout=timedelta(hours=12))
 
-def say(text, file=None):
+def say(text):
     """Print on rank 0."""
     if RANK == 0:
-        print(text, file=file, flush=True)
+        print(text, flush=True)
 
 def gather(value) -> list:
     """The value of every rank."""

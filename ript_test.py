@@ -1103,6 +1103,14 @@ def test_a_simulator_that_always_fails_ends_the_run_with_its_own_traceback(monke
     worker.process.kill()
 
 
+@pytest.mark.parametrize("rank,who", [(0, "ript.py"), (3, "ript.py, rank 3")])
+def test_the_rank_that_fails_says_so(monkeypatch, capsys, rank, who):
+    monkeypatch.setattr(ript, "RANK", rank)
+    with pytest.raises(SystemExit):
+        ript.fail("no such\nthing")
+    assert capsys.readouterr().err == f"{who}: no such thing\n"
+
+
 def test_a_dead_rank_ends_the_job_within_a_minute_and_is_named(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "ript.py",
                *map(str, QUICK), "--workers", "1", "--iterations", "50", "--eval_every", "0", "--out", tmp_path]
