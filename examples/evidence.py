@@ -61,9 +61,9 @@ def row(name, seed):
     rollouts = [m for m in metrics if "rollouts" in m]
     total = lambda key: sum(float(m[key]) for m in rollouts)
     uniform = 1 - total("kept") / (total("kept") + total("solved") + total("failed"))
-    return (f"| {name} | {seed} | {ript.interval(sum(before), len(before))} | {ript.interval(sum(after), len(after))} | "
-            f"{gained}, {lost}, {p:.1g} | {total('rollouts'):.0f} | {uniform:.0%} | "
-            f"{total('seconds_rollouts') + total('seconds_update'):.0f} |")
+    shares = " | ".join(ript.interval(sum(won), len(won)) for won in (before, after))
+    return (f"| {name} | {seed} | {shares} | {gained}, {lost}, {p:.1g} | {total('rollouts'):.0f} | "
+            f"{uniform:.0%} | {total('seconds_rollouts') + total('seconds_update'):.0f} |")
 
 
 def figure(names):
