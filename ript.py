@@ -240,9 +240,31 @@ def join(device):
         os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", seen.split(",")[local] if seen else str(local))
     if WORLD > 1:
         STORE = next(distributed.rendezvous("env://"))[0]
-        distributed.init_process_group(  # a rank may be far behind; where one dies, torchrun ends the job
+        distributed.init_process_group(
             "nccl" if device.startswith("cuda") else "gloo", store=STORE, rank=RANK, world_size=WORLD,
-            timeout=timedelta(hours=12))
+            timeout=timedelta(hours=12))  # a rank may be far behind: pulse says whether it lives
+        threading.Thread(target=pulse, args=(STORE.clone(), RANK, WORLD), daemon=True).start()
+
+def pulse(store, rank, world, patience=45):
+    """A rank's sign of life, in a thread: end this process once another rank is silent for patience seconds.
+
+    torchrun ends the ranks of its own machine where one of them dies; those of other machines, and a rank
+    that hangs, are noticed here.
+    """
+    heard = {}  # rank -> its count, and when that was new
+    try:
+        while True:
+            store.add(f"pulse {rank}", 1)
+            for other in range(world):
+                count, now = store.add(f"pulse {other}", 0), time.monotonic()
+                if heard.setdefault(other, (count, now))[0] != count:
+                    heard[other] = count, now
+                if count and now - heard[other][1] > patience:
+                    raise TimeoutError(f"rank {other} is dead or hangs: silent for {patience} s")
+            time.sleep(patience / 9)
+    except Exception as error:  # or the store is gone, with the machine that has it
+        print(f"ript.py, rank {rank}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # the main thread may be waiting for ever
 
 def say(text):
     """Print on rank 0."""
@@ -1371,4 +1393,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once, as on SIGTERM: no file is ever half written
     main()
     if WORLD > 1:  # not after an error, when the other ranks may never answer
+        distributed.barrier()  # a rank that ends early would be taken for dead
         distributed.destroy_process_group()
