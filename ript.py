@@ -251,15 +251,14 @@ def pulse(store, rank, world, patience=45):
     torchrun ends the ranks of its own machine where one of them dies; those of other machines, and a rank
     that hangs, are noticed here.
     """
-    heard = {}  # rank -> its count, and when that was new
+    heard = {}  # (rank, its count) -> when that was new
     try:
         while True:
             store.add(f"pulse {rank}", 1)
-            for other in range(world):
-                count, now = store.add(f"pulse {other}", 0), time.monotonic()
-                if heard.setdefault(other, (count, now))[0] != count:
-                    heard[other] = count, now
-                if count and now - heard[other][1] > patience:
+            counts, now = [store.add(f"pulse {other}", 0) for other in range(world)], time.monotonic()
+            heard = {key: heard.get(key, now) for key in enumerate(counts)}
+            for (other, count), since in heard.items():
+                if count and now - since > patience:
                     raise TimeoutError(f"rank {other} is dead or hangs: silent for {patience} s")
             time.sleep(patience / 9)
     except Exception as error:  # or the store is gone, with the machine that has it

@@ -1114,15 +1114,15 @@ def test_the_rank_that_fails_says_so(monkeypatch, capsys, rank, who):
 def test_a_rank_that_is_silent_ends_the_others_and_a_slow_one_does_not(monkeypatch, capsys):
     store, ended = torch.distributed.HashStore(), threading.Event()
     monkeypatch.setattr(os, "_exit", lambda status: ended.set())
-    threading.Thread(target=ript.pulse, args=(store, 0, 3, 0.5), daemon=True).start()
-    assert not ended.wait(1)  # ranks that have not begun are not judged
+    threading.Thread(target=ript.pulse, args=(store, 0, 3, 1.5), daemon=True).start()
+    assert not ended.wait(2.5)  # ranks that have not begun are not judged
     for _ in range(10):  # each of the two is silent for 0.4 s
         for rank in (1, 2):
             store.add(f"pulse {rank}", 1)
             assert not ended.wait(0.2)
     while not ended.wait(0.1):  # now rank 1 is silent for good
         assert store.add("pulse 2", 1) < 100
-    assert capsys.readouterr().err == "ript.py, rank 0: rank 1 is dead or hangs: silent for 0.5 s\n"
+    assert capsys.readouterr().err == "ript.py, rank 0: rank 1 is dead or hangs: silent for 1.5 s\n"
 
 
 def test_a_dead_rank_ends_the_job_within_a_minute_and_is_named(tmp_path):
