@@ -32,6 +32,7 @@ EXPERIMENTS = dict(  # settings of the laptop's suite, over its preset
     demos10="--demos_per_task 10 --sft_steps 50",
     demos30="--demos_per_task 30 --sft_steps 150",
     transfer=f"--suite {__file__}:HandOver",
+    transfer_head=f"--suite {__file__}:HandOver --model {__file__}:HeadOnly",
 )
 TABLETOP = ript.load_suite("tabletop")
 
@@ -85,11 +86,26 @@ def figure(names):
     return path
 
 
+class HeadOnly(ript.OpenVLAOFT):
+    """The laptop's policy, whose stage 2 trains the action head alone: it sees as it has learned to."""
+    @classmethod
+    def load(cls, cfg, saved=""):
+        """From cfg.checkpoint, or as save wrote it."""
+        policy = cls.from_pretrained(saved or cfg.checkpoint)
+        policy.scale_multiplier = cfg.scale_multiplier
+        return policy
+
+    def trainable(self, stage):
+        """In stage 2 what stage 3 trains."""
+        return super().trainable("ript" if stage == "sft" else stage)
+
+
 class HandOver(ript.load_suite("tabletop_pretrain")):
     """A goal that pretraining did not have (the paper's section 5.4): lift the cube, bring it 6 cm closer."""
     INSTRUCTIONS, HORIZON = ("hand me the red cube", "hand me the green cube"), 36
-    PRESET = dict(tiny=TABLETOP.PRESET["tiny"] | dict(sft_steps=60, sft_lr=1.5e-4, iterations=15,
-                                                      eval_every=5))
+    TINY = TABLETOP.PRESET["tiny"] | dict(iterations=15, eval_every=5)
+    PRESET = {"tiny": TINY | dict(sft_steps=60, sft_lr=1.5e-4),
+              f"{__file__}:HeadOnly": TINY | dict(sft_steps=45, sft_lr=2e-4, max_rejected=24, lr=6e-4)}
 
     def reset(self, context):
         """As ever, and where the cube is."""
