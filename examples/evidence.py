@@ -10,6 +10,7 @@ import csv
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,10 +91,8 @@ class HeadOnly(ript.OpenVLAOFT):
     """The laptop's policy, whose stage 2 trains the action head alone: it sees as it has learned to."""
     @classmethod
     def load(cls, cfg, saved=""):
-        """From cfg.checkpoint, or as save wrote it."""
-        policy = cls.from_pretrained(saved or cfg.checkpoint)
-        policy.scale_multiplier = cfg.scale_multiplier
-        return policy
+        """As the laptop's policy is loaded."""
+        return super().load(replace(cfg, model="tiny"), saved)
 
     def trainable(self, stage):
         """In stage 2 what stage 3 trains."""
