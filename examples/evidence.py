@@ -34,6 +34,7 @@ EXPERIMENTS = dict(  # settings of the laptop's suite, over its preset
     demos30="--demos_per_task 30 --sft_steps 150",
     transfer=f"--suite {__file__}:HandOver",
     transfer_head=f"--suite {__file__}:HandOver --model {__file__}:HeadOnly",
+    transfer_move=f"--suite {__file__}:Move --model {__file__}:HeadOnly",
 )
 TABLETOP = ript.load_suite("tabletop")
 
@@ -121,6 +122,22 @@ class HandOver(ript.load_suite("tabletop_pretrain")):
         if closing >= 6:
             return self.toward(self.env._eef_xpos + [0.1, 0, 0], 1, 1)
         return super().expert(closing)
+
+
+class Move(HandOver):
+    """The same goal in other words, by which the pretrained policy still finds and lifts the cube."""
+    INSTRUCTIONS = ("move the red cube", "move the green cube")
+    PRESET = {model: preset | dict(sft_steps=37) for model, preset in HandOver.PRESET.items()}
+
+
+class ToldHandOver(ript.load_suite("tabletop_pretrain")):
+    """What pretraining was about, lifting, in HandOver's words."""
+    INSTRUCTIONS = HandOver.INSTRUCTIONS
+
+
+class ToldMove(ToldHandOver):
+    """The same in Move's."""
+    INSTRUCTIONS = Move.INSTRUCTIONS
 
 
 class Misled(TABLETOP):
