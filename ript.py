@@ -613,9 +613,9 @@ class OpenVLAOFT(nn.Module):
         return actions
 
     def from_env_actions(self, actions):
-        """The inverse of to_env_actions: labels of imitation, as a tensor."""
+        """The inverse of to_env_actions, within the bounds as in OpenVLA-OFT's training: labels, a tensor."""
         low, width = self._bounds("action")
-        normalised = 2 * (actions - low) / width - 1
+        normalised = np.clip(2 * (actions - low) / width - 1, -1, 1)
         normalised[..., 6] = (1 - np.sign(actions[..., 6])) / 2
         return torch.tensor(normalised, dtype=torch.float32)
 
@@ -799,6 +799,7 @@ class Libero:
     """
     INSTRUCTIONS, HORIZON = (), 0  # a text per task; the control steps of 50 ms that an episode may take
     PRESET, BENCHMARK = {}, None  # settings per model, which override PRESETS; LIBERO's object of the suite
+    MEASURED = ("proprio", "action")  # what takes its bounds from demonstrations, for a policy from scratch
     scripted = None  # or a classmethod (workers, cfg) -> Episodes: demonstrations that an expert makes
     CAMERAS = ("agentview", "robot0_eye_in_hand")
     ROBOT = dict(robots=["Panda"], use_camera_obs=False, has_renderer=False, has_offscreen_renderer=True,
@@ -1335,9 +1336,11 @@ def supervise(policy, workers, demos, cfg):
         return say(f"no stage 2: no demonstrations of {cfg.suite}, --demos DIR gives LIBERO's HDF5 files")
     if cfg.model == "tiny" and not cfg.checkpoint:
         records = [record for demo in demos for record in demo.records]
-        proprio = [policy.preprocess(record["look"]())["proprio"] for record in records]
-        bounds = np.quantile(proprio, (0.01, 0.99), 0).tolist()
-        policy.arch.statistics["proprio"] = dict(zip(("q01", "q99"), bounds))
+        found = dict(proprio=[policy.preprocess(record["look"]())["proprio"] for record in records],
+                     action=[record["label"] for record in records])
+        for kind in load_suite(cfg.suite).MEASURED:
+            bounds = np.quantile(found[kind], (0.01, 0.99), 0).tolist()
+            policy.arch.statistics[kind] = dict(zip(("q01", "q99"), bounds))
     if cfg.sft_steps:
         say(f"SFT on {len(demos)} demonstrations: L1 {sft(policy, demos, cfg):.4f}")
     if fits_scale:

@@ -242,6 +242,15 @@ def test_actions_survive_the_way_to_head_units_and_back():
     assert policy.to_env_actions(np.array([0, 0, 0, 0, 0, 0, 0.9]))[6] == -1  # the head's 1 is open
 
 
+def test_labels_are_clipped_to_the_bounds_and_what_never_moved_stays_still():
+    policy = small_policy()
+    policy.arch.statistics["action"] = dict(q01=[-1, -1, -1, 0, 0, 0, -1], q99=[1, 1, 1, 0, 0, 0, 1])
+    labels = policy.from_env_actions(np.array([[2, -2, 0.5, 0, 0.3, -0.3, 1.0]]))
+    assert_close(labels, [[1, -1, 0.5, -1, 1, -1, 0]], 1e-6)
+    noise = np.random.default_rng(0).laplace(size=(100, 7))
+    assert np.abs(policy.to_env_actions(noise)[:, 3:6]).max() < 1e-6  # exploration does not turn the hand
+
+
 # ---------------------------------------------------------------------------- the released checkpoints' form
 LORA, SCALE = "tiny_oft/ript_lora", "tiny_oft/scale_header.pth"
 
@@ -878,6 +887,8 @@ def test_an_iteration_in_libero_with_the_small_policy(tmp_path):
     rows = rows_without_seconds(tmp_path)
     assert rows[1]["env_steps"] >= 2 * 100 and rows[1]["rollouts"] == 2
     assert "SFT on 1 demonstrations" in done.stdout and "success in 1/" in done.stdout  # the expert's, of few attempts
+    bounds = json.loads((tmp_path / "sft/config.json").read_text())["statistics"]["action"]
+    assert bounds["q01"][3:6] == bounds["q99"][3:6] == [0, 0, 0] and bounds["q01"][6] == -1  # the expert never turns the hand
     assert (tmp_path / "task0.mp4").stat().st_size > 10_000
 
 

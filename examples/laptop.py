@@ -66,6 +66,7 @@ class TabletopPretrain(Scripted):
     """The new arm. The red cube lies on the left, the green one on the right; the instruction names one."""
     INSTRUCTIONS, HORIZON = ("lift the red cube", "lift the green cube"), 32
     PRESET = dict(tiny=TINY | dict(demos_per_task=150, scale_steps=0, iterations=0))
+    MEASURED = ("proprio",)  # its actions are in -1..1 as they are
     COLOURS = Libero.COLOURS | dict(cubeA=(0.9, 0.1, 0.1), cubeB=(0.1, 0.8, 0.1))
 
     @classmethod
