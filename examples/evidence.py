@@ -101,7 +101,7 @@ class HeadOnly(ript.OpenVLAOFT):
 
 
 class HandOver(ript.load_suite("tabletop_pretrain")):
-    """A goal that pretraining did not have (the paper's section 5.4): lift the cube, bring it 6 cm closer."""
+    """A goal that pretraining did not have (the paper's section 5.4): lift the cube, bring it 6 cm forward."""
     INSTRUCTIONS, HORIZON = ("hand me the red cube", "hand me the green cube"), 36
     TINY = TABLETOP.PRESET["tiny"] | dict(iterations=15, eval_every=5)
     PRESET = {"tiny": TINY | dict(sft_steps=60, sft_lr=1.5e-4),
