@@ -843,6 +843,9 @@ class Libero:
         self.env.reset()
         if context.state is not None:
             self.env.sim.set_state_from_flattened(context.state)
+        else:  # stored states have the arm's joints off by this, radians; ControlEnv's fresh ones do not
+            joints = self.env.robots[0]._ref_joint_pos_indexes
+            self.env.sim.data.qpos[joints] += np.random.normal(0, 0.02, len(joints))
         self.env.sim.forward()
         for _ in range(10):
             self.env.step(np.array([0, 0, 0, 0, 0, 0, -1.0]))

@@ -972,6 +972,25 @@ def test_libero_resets_softly_to_the_stored_state_at_every_episode(suite, task):
         simulator.env.close()
 
 
+def test_fresh_contexts_of_libero_differ_from_one_another_as_stored_ones_do():
+    libero_or_skip()
+    simulator, cfg = load_suite("libero_object")(64, True), config("--suite", "libero_object", "--task", 0)
+    fresh = [ript.training_context(n, list(ript.tasks_of(cfg).items()), [], cfg) for n in range(12)]
+    means, spreads = [], []
+    for contexts in (ript.evaluation_contexts(cfg)[:12], fresh):
+        states = []
+        for context in contexts:
+            simulator.reset(context)
+            states.append(simulator.env.sim.data.qpos.copy())  # the arm's joints, fingers, then free bodies
+        means.append(np.mean(states, 0))
+        spreads.append(np.std(states, 0))
+    simulator.env.close()
+    arm, places = slice(7), [9 + 7 * body + axis for body in range((len(means[0]) - 9) // 7) for axis in (0, 1)]
+    for part in (arm, places):
+        stored, new = (np.sqrt(np.mean(spread[part] ** 2)) for spread in spreads)
+        assert 0.6 < new / stored < 1.6 and np.abs(means[0][part] - means[1][part]).max() < 3 * stored
+
+
 def write_demonstration(path, steps=12, size=64, actions=None):
     """A file as LIBERO's are: upside-down pictures, actions, simulator states."""
     rng = np.random.default_rng(0)
