@@ -35,7 +35,6 @@ EXPERIMENTS = dict(  # settings of the laptop's suite, over its preset
     transfer=f"--suite {__file__}:HandOver",
     transfer_head=f"--suite {__file__}:HandOver --model {__file__}:HeadOnly",
     transfer_move=f"--suite {__file__}:Move --model {__file__}:HeadOnly",
-    libero="--suite libero_object --task 0",
 )
 TABLETOP = ript.load_suite("tabletop")
 
