@@ -824,7 +824,7 @@ class Libero:
         from libero.libero.envs.env_wrapper import ControlEnv
         bddl_file = self.BENCHMARK.get_task_bddl_file_path(task)
         self.env = ControlEnv(bddl_file_name=bddl_file, **self.ROBOT).env  # without its wrapper
-        observe = self.env._update_observables  # at each of 25 physics steps of an action; look() asks for one
+        observe = self.env._update_observables  # 25 times an action; look() asks for one
         self.env._update_observables = lambda force=False: force and observe(force=True)
         self.task = task
         self.paint()
