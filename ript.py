@@ -1394,6 +1394,8 @@ def main(argv=None):
             run["results"]["RIPT"] = success()
             stats["eval_success"] = np.mean(run["results"]["RIPT"])
         save_run(out, policy, optimizer, run, stats)
+    if "eval_success" not in run["history"][-1]:  # resumed with --iterations that it has already
+        run["results"]["RIPT"] = success()
     report(out, held_out, run["results"], policy, workers, cfg)
 
 if __name__ == "__main__":

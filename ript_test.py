@@ -817,6 +817,18 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(finished, tmp_pa
     assert rows_without_seconds(tmp_path / "run") == rows_without_seconds(finished[0])
 
 
+def test_the_table_of_a_run_that_ends_between_evaluations_is_of_its_last_policy(finished, tmp_path):
+    """--resume with a smaller --iterations: last/ may be newer than the last evaluation."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    run = torch.load(tmp_path / "run/run.pt", weights_only=True)
+    del run["history"][-1]["eval_success"]
+    run["results"]["RIPT"] = [not won for won in run["results"]["RIPT"]]  # of an earlier iteration
+    torch.save(run, tmp_path / "run/run.pt")
+    done = launch("--resume", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/evaluation.csv").read_bytes() == (finished[0] / "evaluation.csv").read_bytes()
+
+
 def test_the_table_has_wilson_intervals_per_task_and_the_exact_test_of_pairs():
     contexts = [Context(task, TASKS[task], seed) for task in (0, 1) for seed in range(10)]
     before, after = [True] + [False] * 19, [False] + [True] * 7 + [False] * 12
@@ -1804,10 +1816,12 @@ def test_presets_yield_to_the_command_line_and_libero_long_is_libero_10():
 
 def test_every_experiment_of_the_readme_is_a_run_that_ript_accepts():
     evidence = runpy.run_path(str(HERE / "examples/evidence.py"))
-    for arguments in evidence["EXPERIMENTS"].values():
-        ript.check(config(*arguments.split()))
     cells = evidence["row"]("tabletop", 0).split(" | ")  # of the files in assets/evidence
     assert cells[2:5] == ["18/100 18% [12%, 27%]", "100/100 100% [96%, 100%]", "82, 0, 4e-25"]
+    for name, arguments in evidence["EXPERIMENTS"].items():
+        if name == "libero":  # the last
+            libero_or_skip()
+        ript.check(config(*arguments.split()))
 
 
 def test_metrics_and_checkpoints_are_written_whole_or_not_at_all(tmp_path, capsys):
