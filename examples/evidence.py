@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import ript
 
 ASSETS, SEEDS = ROOT / "assets/evidence", (0, 1, 2)
-EXPERIMENTS = dict(  # settings of the laptop's suite, over its preset
+EXPERIMENTS = dict(  # settings over the suite's preset, the laptop's where none is named
     tabletop="",  # 16 groups of 8 kept, 6 iterations, 1 demonstration per instruction
     long="--iterations 15 --eval_every 3",
     # 24 groups, none replaced: as many rollouts as the preset takes with its replacements
@@ -35,6 +35,7 @@ EXPERIMENTS = dict(  # settings of the laptop's suite, over its preset
     transfer=f"--suite {__file__}:HandOver",
     transfer_head=f"--suite {__file__}:HandOver --model {__file__}:HeadOnly",
     transfer_move=f"--suite {__file__}:Move --model {__file__}:HeadOnly",
+    libero="--suite libero_object --task 0",  # 4 demonstrations, 4 iterations
 )
 TABLETOP = ript.load_suite("tabletop")
 
@@ -101,7 +102,7 @@ class HeadOnly(ript.OpenVLAOFT):
 
 
 class HandOver(ript.load_suite("tabletop_pretrain")):
-    """A goal that pretraining did not have (the paper's section 5.4): lift the cube, bring it 6 cm forward."""
+    """A goal that pretraining did not have (the paper's section 5.4): lift the cube, take it 6 cm forward."""
     INSTRUCTIONS, HORIZON = ("hand me the red cube", "hand me the green cube"), 36
     TINY = TABLETOP.PRESET["tiny"] | dict(iterations=15, eval_every=5)
     PRESET = {"tiny": TINY | dict(sft_steps=60, sft_lr=1.5e-4),
