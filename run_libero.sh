@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up what is missing, then run ript.py.
-#   bash run_libero.sh             the laptop door: learns on real MuJoCo in about ten minutes
+#   bash run_libero.sh             the laptop: stage 2, RIPT and a report, on real MuJoCo in about ten minutes
 #   bash run_libero.sh test        the tests
 #   bash run_libero.sh ARGUMENTS   ript.py ARGUMENTS, with torchrun over all GPUs where there are any
 set -euo pipefail
@@ -8,8 +8,10 @@ here=$(cd "$(dirname "$0")" && pwd)
 
 die() { echo "run_libero.sh: $*" >&2; exit 2; }
 
-# 1. A virtual environment, unless one is active.
-if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+# 1. A virtual environment, unless one is active. Conda's base is nobody's to install into without being asked.
+active="${VIRTUAL_ENV:-}${CONDA_PREFIX:-}"
+[ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-}" = base ] && active=""
+if [ -z "$active" ]; then
     if [ ! -x "$here/.venv/bin/python" ]; then
         python3 -m venv "$here/.venv" || die "python3 -m venv failed: install Python 3.10 to 3.12 with venv"
     fi
@@ -21,14 +23,15 @@ python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'
 # 2. Packages, once for each content of requirements.txt. torch comes first, so that nothing else chooses its build.
 stamp="$(python -c 'import sys; print(sys.prefix)')/.ript-requirements"
 if ! cmp -s "$here/requirements.txt" "$stamp"; then
+    echo "installing the packages of requirements.txt into $(dirname "$stamp")"
     grep '^torch==' "$here/requirements.txt" | xargs python -m pip install --quiet ||
         die "pip could not install torch"
     python -m pip install --quiet -r "$here/requirements.txt" || die "pip could not install requirements.txt"
     cp "$here/requirements.txt" "$stamp"
 fi
 
-# 3. Headless OpenGL, from Debian where this script may install it.
-export MUJOCO_GL="${MUJOCO_GL:-egl}"
+# 3. Headless OpenGL, from Debian where this script may install it. macOS has its own.
+[ "$(uname)" = Darwin ] || export MUJOCO_GL="${MUJOCO_GL:-egl}"
 if ! python -c 'import mujoco; mujoco.GLContext(16, 16).free()' 2>/dev/null; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         echo "installing headless OpenGL (libegl1, libgl1-mesa-dri)"
@@ -57,7 +60,17 @@ fi
 if [ "${1:-}" = test ]; then
     shift
     cd "$here"
+    echo "running the tests: python -m pytest -q ript_test.py $*"
     exec python -m pytest -q ript_test.py "$@"
+fi
+if [ $# = 0 ]; then
+    cd "$here"
+    echo "1 of 3: stage 2, a few steps of imitation, into runs/tabletop_sft"
+    python examples/imitation.py --suite tabletop
+    echo "2 of 3: stage 3, RIPT, into runs/tabletop"
+    python ript.py
+    echo "3 of 3: the report"
+    exec python examples/report.py runs/tabletop
 fi
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -gt 0 ]; then

@@ -2,6 +2,7 @@
 
     python examples/benchmark.py speed     collect() against the released way of stepping and the limit
     python examples/benchmark.py growth    seconds of an iteration against contexts, K, horizon and workers
+    python examples/benchmark.py collect   how long a collection takes where simulators sleep instead of simulating
 
 Speed is measured on one task of LIBERO-Object with the same actions from the same stored states, in turns:
 
@@ -11,9 +12,12 @@ Speed is measured on one task of LIBERO-Object with the same actions from the sa
     limit      each worker for itself: the same physics, the pictures that a policy looks at, but no policy,
                no messages, nobody to wait for
 """
+import asyncio
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import ExitStack, closing, redirect_stdout
+from dataclasses import replace
+from functools import partial
 from os import devnull
 from pathlib import Path
 from statistics import median
@@ -23,20 +27,27 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import ript
+from examples import laptop, report
 
 ASSETS = Path(__file__).parents[1] / "assets/evidence"
-EPISODES, ROUNDS = 4, 3  # of 280 steps each; a multiple of the workers
+PRETRAINED = Path(__file__).parents[1] / "assets/tabletop"
+EPISODES = 4  # of 280 steps each; a multiple of the workers
+ROUNDS = 3
 
 
 class Replay:
-    """A policy that takes no time: it shakes the hand, with the noise that exploration would have."""
+    """A policy that shakes the hand, with the noise that exploration would have, and takes no time or some."""
     chunk, TOKENS = 8, 0
+
+    def __init__(self, seconds=0.0):
+        self.seconds = seconds
 
     def preprocess(self, raw):
         return None
 
-    def act(self, observations, instructions, explore):
-        return [dict(actions=shake(g), scale=0.0, log_prob=np.zeros(8)) for g in explore]
+    def act(self, observations, instructions, generators):
+        time.sleep(self.seconds)
+        return [dict(actions=shake(g), scale=0.0, log_prob=np.zeros(8)) for g in generators]
 
 
 def shake(generator):
@@ -54,14 +65,15 @@ class Timed(ript.load_suite("libero_object")):
         self.seconds += time.perf_counter() - began
         return answer
 
-    def step(self, actions, film=False):
+    def step(self, actions):
         began = time.perf_counter()
-        answer = super().step(actions, film)
+        answer = super().step(actions)
         self.seconds += time.perf_counter() - began
         return answer
 
     def busy(self):
-        seconds, self.seconds = self.seconds, 0.0
+        seconds = self.seconds
+        self.seconds = 0.0
         return seconds
 
     def alone(self, episodes):
@@ -76,75 +88,97 @@ class Timed(ript.load_suite("libero_object")):
 
 def ask(workers, method, arguments):
     """The answers of all workers to a method of the suite."""
-    for worker, argument in zip(workers, arguments):
-        worker.send(method, *argument)
-    return [worker.receive() for worker in workers]
+    async def ask_all():
+        return await asyncio.gather(*(worker.call(method, *a) for worker, a in zip(workers, arguments)))
+    return asyncio.run(ask_all())
+
+
+def quietly(function, *arguments):
+    """Call a function whose messages nobody needs."""
+    with open(devnull, "w") as file, redirect_stdout(file):
+        return function(*arguments)
+
+
+class Speed:
+    """The three ways, on the same episodes."""
+    def __init__(self, cfg, workers):
+        suite = ript.load_suite("libero_object")
+        self.cfg = cfg
+        self.workers = workers
+        self.suite = suite
+        self.states = suite.held_out(0, EPISODES // 2)
+        self.contexts = [ript.Context(0, suite.INSTRUCTIONS[0], 0, state) for state in self.states]
+        self.numbers = [(group, k) for group in range(EPISODES // 2) for k in range(2)]
+
+    def chunks(self, group, k):
+        """The action chunks of an episode, as collect draws them."""
+        queries = range(self.suite.HORIZON // 8)
+        return [shake(np.random.default_rng((self.cfg.seed, 0, group, k, query))) for query in queries]
+
+    def released(self):
+        from libero.libero.envs import OffScreenRenderEnv, SubprocVectorEnv
+        number = len(self.workers)
+        bddl_file = self.suite.BENCHMARK.get_task_bddl_file_path(0)
+        make = partial(OffScreenRenderEnv, bddl_file_name=bddl_file, camera_heights=256, camera_widths=256)
+        env = SubprocVectorEnv([make] * number)
+        # This waits until they are built, which is left out of the time, here as everywhere.
+        env.get_sim_state()
+        began = time.perf_counter()
+        for start in range(0, EPISODES, number):
+            part = self.numbers[start:start + number]
+            env.reset()
+            env.set_init_state([self.states[group] for group, _ in part])
+            for _ in range(10):
+                env.step(np.array([[0, 0, 0, 0, 0, 0, -1.0]] * len(part)))
+            for actions in zip(*(np.concatenate(self.chunks(*numbers)) for numbers in part)):
+                env.step(np.array(actions))
+        seconds = time.perf_counter() - began
+        env.close()
+        return dict(released=EPISODES * self.suite.HORIZON / seconds)
+
+    def collect(self):
+        number = len(self.workers)
+        ask(self.workers, "build", [[0]] * number)
+        ask(self.workers, "busy", [[]] * number)
+        run = dict(iteration=0, group=0)
+        began = time.perf_counter()
+        _, stats = quietly(ript.collect, Replay(), self.workers, self.contexts.__getitem__, run, self.cfg)
+        seconds = time.perf_counter() - began
+        idle = 1 - sum(ask(self.workers, "busy", [[]] * number)) / number / seconds
+        return dict(collect=stats["env_steps"] / seconds, idle=idle)
+
+    def limit(self):
+        number = len(self.workers)
+        ask(self.workers, "build", [[0]] * number)
+        shares = []
+        for i in range(number):
+            shares.append([[(self.contexts[group], self.chunks(group, k)) for group, k in self.numbers[i::number]]])
+        return dict(limit=EPISODES * self.suite.HORIZON / max(ask(self.workers, "alone", shares)))
+
+
+def workers_of(stack, cfg):
+    """cfg.workers of them, which end with an ExitStack."""
+    return [stack.enter_context(closing(ript.Worker(cfg, 0))) for _ in range(cfg.workers)]
 
 
 def speed():
     """Environment steps per second of the three ways, in turns."""
-    from libero.libero.envs import OffScreenRenderEnv, SubprocVectorEnv
-    settings = "--suite libero_object --task 0 --image_size 256 --rollouts 2"
-    settings += " --collision false --max_rejected 0"
+    settings = "--suite libero_object --task 0 --image_size 256 --rollouts 2 --collision false --max_rejected 0"
     cfg = ript.parse_config([*settings.split(), "--groups", str(EPISODES // 2), *sys.argv[2:]])
-    suite = ript.load_suite(cfg.suite)
-    states, horizon, bench = suite.held_out(0, EPISODES // 2), suite.HORIZON, suite.BENCHMARK
-    contexts = [ript.Context(0, suite.INSTRUCTIONS[0], 0, state) for state in states]
-    cfg.suite = f"{__file__}:Timed"
-    workers = [ript.Worker(cfg, 0) for _ in range(cfg.workers)]
-    noise = lambda group, k, query: np.random.default_rng((cfg.seed, 0, group, k, query))
-    chunks = lambda group, k: [shake(noise(group, k, q)) for q in range(horizon // 8)]
-    numbers = [(group, k) for group in range(EPISODES // 2) for k in range(2)]
-
-    def released():
-        make = lambda: OffScreenRenderEnv(bddl_file_name=bench.get_task_bddl_file_path(0), camera_heights=256,
-                                          camera_widths=256)
-        env = SubprocVectorEnv([make] * cfg.workers)
-        env.get_sim_state()  # which waits until they are built: that is left out, here as everywhere
-        began = time.perf_counter()
-        for start in range(0, EPISODES, cfg.workers):
-            part = numbers[start:start + cfg.workers]
-            env.reset()
-            env.set_init_state([states[group] for group, _ in part])
-            for _ in range(10):
-                env.step(np.array([[0, 0, 0, 0, 0, 0, -1.0]] * len(part)))
-            for actions in zip(*(np.concatenate(chunks(*number)) for number in part)):
-                env.step(np.array(actions))
-        seconds = time.perf_counter() - began
-        env.close()
-        return EPISODES * horizon / seconds, None
-
-    def collect():
-        ask(workers, "build", [[0]] * cfg.workers)
-        ask(workers, "busy", [[]] * cfg.workers)
-        run = dict(iteration=0, group=0, skip=[])
-        began = time.perf_counter()
-        with open(devnull, "w") as file, redirect_stdout(file):  # no group has signal, and it says so
-            _, _, stats = ript.collect(Replay(), workers, contexts.__getitem__, run, cfg)
-        seconds = time.perf_counter() - began
-        idle = 1 - sum(ask(workers, "busy", [[]] * cfg.workers)) / cfg.workers / seconds
-        return stats["env_steps"] / seconds, idle
-
-    def limit():
-        ask(workers, "build", [[0]] * cfg.workers)
-        shares = [[[(contexts[group], chunks(group, k)) for group, k in numbers[i::cfg.workers]]]
-                  for i in range(cfg.workers)]
-        return EPISODES * horizon / max(ask(workers, "alone", shares)), None
-
+    cfg = replace(cfg, suite=f"{__file__}:Timed")
     rows = []
-    for _ in range(ROUNDS):
-        row = {}
-        for way in (released, collect, limit):
-            row[way.__name__], idle = way()
-            row |= dict(idle=idle) if idle is not None else {}
-        row |= dict(to_released=row["collect"] / row["released"], to_limit=row["collect"] / row["limit"])
-        print("  ".join(f"{name} {value:.3g}" for name, value in row.items()), flush=True)
-        rows.append(row)
-    ript.write_csv(ASSETS / "speed.csv", rows)
+    with ExitStack() as stack:
+        ways = Speed(cfg, workers_of(stack, cfg))
+        for _ in range(ROUNDS):
+            row = ways.released() | ways.collect() | ways.limit()
+            row |= dict(to_released=row["collect"] / row["released"], to_limit=row["collect"] / row["limit"])
+            print("  ".join(f"{name} {value:.3g}" for name, value in row.items()), flush=True)
+            rows.append(row)
+    report.write_csv(ASSETS / "speed.csv", rows)
     print("median  " + "  ".join(f"{name} {median(row[name] for row in rows):.3g}" for name in rows[0]))
 
 
-class Coin(ript.load_class("tabletop_pretrain", ript.Libero)):
+class Coin(laptop.TabletopPretrain):
     """The laptop's scene, in which an episode runs to the horizon and then chance decides on success."""
     ran = 0
 
@@ -168,37 +202,74 @@ class Coin64(Coin):
 def growth():
     """Seconds of collect and update, for one thing at a time that is halved and doubled."""
     base = dict(groups=16, rollouts=8, workers=2)
-    cases = [("", base, "Coin")]
-    cases += [(f"{name} {n}", base | {name: n}, "Coin") for name, numbers in
-              dict(groups=(8, 32), rollouts=(4, 16), workers=(1, 3)).items() for n in numbers]
+    cases = [("16 groups of 8, 32 steps, 2 workers", base, "Coin")]
+    for name, numbers in dict(groups=(8, 32), rollouts=(4, 16), workers=(1, 3)).items():
+        for number in numbers:
+            cases.append((f"{name} {number}", base | {name: number}, "Coin"))
     cases += [("horizon 16", base, "Coin16"), ("horizon 64", base, "Coin64")]
     rows = []
     for name, settings, suite in cases:
-        cfg = ript.parse_config(["--max_rejected", "0", "--minibatch", "4096"] +
-                                [str(x) for key, n in settings.items() for x in (f"--{key}", n)])
-        cfg.suite = f"{__file__}:{suite}"
-        torch.manual_seed(0)
-        policy = ript.OpenVLAOFT.load(cfg)
-        optimizer = torch.optim.AdamW(policy.trainable("ript"), 0.0)
-        workers = [ript.Worker(cfg, i % 2) for i in range(cfg.workers)]
-        ask(workers, "build", [[i % 2] for i in range(cfg.workers)])
-        tasks, run = list(ript.tasks_of(cfg).items()), dict(iteration=0, group=0, skip=[], history=[])
-        context_of = lambda number: ript.training_context(number, tasks, [], cfg)
-        with open(devnull, "w") as file, redirect_stdout(file):
-            episodes, rewards, stats = ript.collect(policy, workers, context_of, run, cfg)
-            stats |= ript.update(policy, optimizer, episodes, rewards, cfg, run)
-        for worker in workers:
-            worker.process.kill()
-        rows.append(dict(case=name or "16 groups of 8, 32 steps, 2 workers", rollouts=stats["rollouts"],
-                         env_steps=stats["env_steps"], kept=stats["kept"],
+        cfg = ript.parse_config(["--max_rejected", "0", "--minibatch", "4096", "--checkpoint", str(PRETRAINED)])
+        cfg = replace(cfg, suite=f"{__file__}:{suite}", **settings)
+        policy = laptop.Tiny.load(cfg)
+        optimizer = torch.optim.AdamW(policy.parameter_groups(), 0.0)
+        run = dict(iteration=0, group=0)
+        context_of = partial(ript.training_context, tasks=list(ript.tasks_of(cfg).items()), demonstrated=[], seed=0)
+        with ExitStack() as stack:
+            workers = workers_of(stack, cfg)
+            ask(workers, "build", [[i % 2] for i in range(cfg.workers)])
+            episodes, stats = quietly(ript.collect, policy, workers, context_of, run, cfg)
+            stats |= quietly(ript.update, policy, optimizer, episodes, cfg, run)
+        rows.append(dict(case=name, rollouts=stats["rollouts"], env_steps=stats["env_steps"], kept=stats["kept"],
                          rollout_seconds=round(stats["seconds_rollouts"], 2),
                          update_seconds=round(stats["seconds_update"], 2)))
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-    ript.write_csv(ASSETS / "growth.csv", rows)
+    report.write_csv(ASSETS / "growth.csv", rows)
+
+
+class Asleep(ript.Libero):
+    """Episodes of libero_10's lengths in which every control step is half a millisecond of sleep."""
+    INSTRUCTIONS, HORIZON, STEP = ("sleep",), 520, 0.0005
+
+    def reset(self, context):
+        time.sleep(10 * self.STEP)
+        self.context = context
+        self.ran = 0
+        self.end = None
+        return ript.Answer(0, False, {})
+
+    def step(self, actions):
+        if self.end is None:
+            # The first action decides whether and when the episode succeeds, the context how likely it is.
+            rng = np.random.default_rng(int(abs(actions[0, 0]) * 1e9))
+            chance = np.random.default_rng(self.context.seed).choice([0.0, 0.3, 0.7, 1.0])
+            self.end = rng.integers(200, 400) if rng.random() < chance else self.HORIZON + 1
+        ran = min(len(actions), self.end - self.ran)
+        time.sleep(ran * self.STEP)
+        self.ran += ran
+        if self.ran == self.end:
+            return ript.Answer(ran, True, None)
+        return ript.Answer(ran, False, {})
+
+
+def collect():
+    """Seconds of collect() with 16 sleeping workers, 24 groups of 8, and a policy of 0 or 20 ms a forward."""
+    cfg = ript.Config(suite=f"{__file__}:Asleep", workers=16, device="cpu")
+    with ExitStack() as stack:
+        workers = workers_of(stack, cfg)
+        ask(workers, "reset", [[ript.Context(0, "sleep", 0)]] * cfg.workers)
+        for seconds in (0.0, 0.02):
+            for seed in range(ROUNDS):
+                context_of = partial(ript.training_context, tasks=[(0, "sleep")], demonstrated=[], seed=seed)
+                run = dict(iteration=0, group=0)
+                began = time.perf_counter()
+                _, stats = quietly(ript.collect, Replay(seconds), workers, context_of, run, replace(cfg, seed=seed))
+                print(f"policy {seconds * 1000:.0f} ms  seed {seed}  rollouts {stats['rollouts']}  kept {stats['kept']}"
+                      f"  seconds {time.perf_counter() - began:.1f}", flush=True)
 
 
 if __name__ == "__main__":
-    commands = dict(speed=speed, growth=growth)
+    commands = dict(speed=speed, growth=growth, collect=collect)
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
-        sys.exit(f"benchmark.py: say which, {' or '.join(commands)}")
+        sys.exit(f"benchmark.py: say which, {', '.join(commands)}")
     commands[sys.argv[1]]()

@@ -1,7 +1,7 @@
-"""The README's experiments: every seed of one, as a table, a figure and CSV files.
+"""The experiments of docs/RESULTS.md: every seed of one, as a table, a figure and CSV files.
 
     python examples/evidence.py              lists the experiments
-    python examples/evidence.py k4 k16       runs ript.py for each seed, as far as runs/evidence lacks it
+    python examples/evidence.py k4 k16       runs stages 2 and 3 for each seed, as far as runs/evidence lacks them
     python examples/evidence.py senses       the tabletop's policies, misled and blind
 
 Of each run, assets/evidence keeps metrics.csv and evaluation.csv, every context's outcome.
@@ -10,32 +10,35 @@ import csv
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from scipy.stats import binomtest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import ript
+from examples import laptop, report
 
-ASSETS, SEEDS = ROOT / "assets/evidence", (0, 1, 2)
-EXPERIMENTS = dict(  # settings over the suite's preset, the laptop's where none is named
-    tabletop="",  # 16 groups of 8 kept, 6 iterations, 1 demonstration per instruction
-    long="--iterations 15 --eval_every 3",
-    # 24 groups, none replaced: as many rollouts as the preset takes with its replacements
-    no_rejection="--groups 24 --max_rejected 0 --minibatch 192",
-    k4="--rollouts 4 --groups 32 --max_rejected 24",
-    k16="--rollouts 16 --groups 8 --max_rejected 6",
-    demos3="--demos_per_task 3 --sft_steps 15",
-    demos10="--demos_per_task 10 --sft_steps 50",
-    demos30="--demos_per_task 30 --sft_steps 150",
-    transfer=f"--suite {__file__}:HandOver",
-    transfer_head=f"--suite {__file__}:HandOver --model {__file__}:HeadOnly",
-    transfer_move=f"--suite {__file__}:Move --model {__file__}:HeadOnly",
-    libero="--suite libero_object --task 0",  # 4 demonstrations, 4 iterations
+ASSETS = ROOT / "assets/evidence"
+SEEDS = (0, 1, 2)
+# Of each: settings of both stages, of stage 2, of stage 3, over the suite's presets.
+EXPERIMENTS = dict(
+    # 16 groups of 8 kept, 6 iterations, 1 demonstration per instruction
+    tabletop=("", "", ""),
+    long=("", "", "--iterations 15 --eval_every 3"),
+    # 24 groups, of which none is replaced: as many rollouts as the preset takes with its replacements. Uniform
+    # groups are dropped in both.
+    no_replacement=("", "", "--groups 24 --max_rejected 0 --minibatch 192"),
+    k4=("", "", "--rollouts 4 --groups 32 --max_rejected 24"),
+    k16=("", "", "--rollouts 16 --groups 8 --max_rejected 6"),
+    demos3=("", "--demos_per_task 3 --sft_steps 15", ""),
+    demos10=("", "--demos_per_task 10 --sft_steps 50", ""),
+    demos30=("", "--demos_per_task 30 --sft_steps 150", ""),
+    transfer=(f"--suite {__file__}:HandOver", "", ""),
+    transfer_head=(f"--suite {__file__}:HandOver --model {__file__}:HeadOnly", "", ""),
+    transfer_move=(f"--suite {__file__}:Move --model {__file__}:HeadOnly", "", ""),
+    # 4 demonstrations, 4 iterations
+    libero=("--suite libero_object --task 0", "", ""),
 )
 TABLETOP = ript.load_suite("tabletop")
 
@@ -47,37 +50,55 @@ def read(path):
 
 
 def run(name, seed):
-    """One run of ript.py; its two CSV files go to assets/evidence."""
+    """Stages 2 and 3 and the report of one run; its two CSV files go to assets/evidence."""
     out = ROOT / f"runs/evidence/{name}_{seed}"
+    shared, stage_2, stage_3 = (settings.split() for settings in EXPERIMENTS[name])
+    shared += ["--seed", str(seed)]
+    start = out / "sft"
+    if not (start / "config.json").exists():
+        call("examples/imitation.py", *shared, *stage_2, "--out", start)
+    if not (out / "evaluation.json").exists():
+        call("ript.py", *shared, *stage_3, "--checkpoint", start, "--out", out)
     if not (out / "evaluation.csv").exists():
-        arguments = EXPERIMENTS[name].split() + ["--seed", str(seed), "--out", str(out)]
-        subprocess.run([sys.executable, ROOT / "ript.py", *arguments], check=True, cwd=ROOT)
+        call("examples/report.py", out)
     for file in ("metrics", "evaluation"):
         shutil.copyfile(out / f"{file}.csv", ASSETS / f"{name}_{seed}_{file}.csv")
 
 
+def call(script, *arguments):
+    """Run a script of this repository, and stop if it fails."""
+    subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], check=True, cwd=ROOT)
+
+
 def row(name, seed):
-    """A run as a line of the README's table."""
-    contexts, metrics = (read(ASSETS / f"{name}_{seed}_{file}.csv") for file in ("evaluation", "metrics"))
-    before, after = ([int(c[stage]) for c in contexts] for stage in ("SFT", "RIPT"))
-    gained, lost = (sum(b == x and a == 1 - x for b, a in zip(before, after)) for x in (0, 1))
-    p = binomtest(gained, max(gained + lost, 1)).pvalue
-    rollouts = [m for m in metrics if "rollouts" in m]
-    total = lambda key: sum(float(m[key]) for m in rollouts)
-    uniform = 1 - total("kept") / (total("kept") + total("solved") + total("failed"))
-    shares = " | ".join(ript.interval(sum(won), len(won)) for won in (before, after))
-    return (f"| {name} | {seed} | {shares} | {gained}, {lost}, {p:.1g} | {total('rollouts'):.0f} | "
-            f"{uniform:.0%} | {total('seconds_rollouts') + total('seconds_update'):.0f} |")
+    """A run as a line of the table."""
+    contexts = read(ASSETS / f"{name}_{seed}_evaluation.csv")
+    metrics = read(ASSETS / f"{name}_{seed}_metrics.csv")
+    before = [bool(int(context["SFT"])) for context in contexts]
+    after = [bool(int(context["RIPT"])) for context in contexts]
+    gained, lost, p = report.mcnemar(before, after)
+    sums = dict.fromkeys(("rollouts", "kept", "solved", "failed", "seconds_rollouts", "seconds_update"), 0.0)
+    for m in metrics:
+        for key in sums:
+            sums[key] += float(m.get(key, 0))
+    uniform = 1 - sums["kept"] / (sums["kept"] + sums["solved"] + sums["failed"])
+    shares = " | ".join(report.interval(sum(won), len(won)) for won in (before, after))
+    return (f"| {name} | {seed} | {shares} | {gained}, {lost}, {p:.1g} | {sums['rollouts']:.0f} | "
+            f"{uniform:.0%} | {sums['seconds_rollouts'] + sums['seconds_update']:.0f} |")
 
 
 def figure(names):
     """Success on the held-out contexts against rollouts, a line per seed."""
+    from matplotlib.figure import Figure
     drawing = Figure(figsize=(7, 4))
     axes = drawing.subplots()
     for number, name in enumerate(names):
         for seed in SEEDS:
-            colour, label = (number, "" if seed else name) if len(names) > 1 else (seed, f"seed {seed}")
-            done, points = 0, []
+            colour, label = seed, f"seed {seed}"
+            if len(names) > 1:
+                colour, label = number, "" if seed else name
+            done = 0
+            points = []
             for m in read(ASSETS / f"{name}_{seed}_metrics.csv"):
                 done += int(m.get("rollouts", 0))
                 points += [(done, 100 * float(m["eval_success"]))] if "eval_success" in m else []
@@ -89,24 +110,18 @@ def figure(names):
     return path
 
 
-class HeadOnly(ript.OpenVLAOFT):
+class HeadOnly(laptop.Tiny):
     """The laptop's policy, whose stage 2 trains the action head alone: it sees as it has learned to."""
-    @classmethod
-    def load(cls, cfg, saved=""):
-        """As the laptop's policy is loaded."""
-        return super().load(replace(cfg, model="tiny"), saved)
-
-    def trainable(self, stage):
-        """In stage 2 what stage 3 trains."""
-        return super().trainable("ript" if stage == "sft" else stage)
+    imitated = ("action_head",)
 
 
 class HandOver(ript.load_suite("tabletop_pretrain")):
     """A goal that pretraining did not have (the paper's section 5.4): lift the cube, take it 6 cm forward."""
     INSTRUCTIONS, HORIZON = ("hand me the red cube", "hand me the green cube"), 36
     TINY = TABLETOP.PRESET["tiny"] | dict(iterations=15, eval_every=5)
-    PRESET = {"tiny": TINY | dict(sft_steps=60, sft_lr=1.5e-4),
-              f"{__file__}:HeadOnly": TINY | dict(sft_steps=45, sft_lr=2e-4, max_rejected=24, lr=6e-4)}
+    PRESET = {"tiny": TINY, f"{__file__}:HeadOnly": TINY | dict(max_rejected=24, lr=6e-4)}
+    IMITATION = {"tiny": TABLETOP.IMITATION["tiny"] | dict(sft_steps=60, sft_lr=1.5e-4),
+                 f"{__file__}:HeadOnly": TABLETOP.IMITATION["tiny"] | dict(sft_steps=45, sft_lr=2e-4)}
 
     def reset(self, context):
         """As ever, and where the cube is."""
@@ -128,7 +143,7 @@ class HandOver(ript.load_suite("tabletop_pretrain")):
 class Move(HandOver):
     """The same goal in other words, by which the pretrained policy still finds and lifts the cube."""
     INSTRUCTIONS = ("move the red cube", "move the green cube")
-    PRESET = {model: preset | dict(sft_steps=37) for model, preset in HandOver.PRESET.items()}
+    IMITATION = {model: preset | dict(sft_steps=37) for model, preset in HandOver.IMITATION.items()}
 
 
 class ToldHandOver(ript.load_suite("tabletop_pretrain")):
@@ -162,14 +177,14 @@ def senses():
             for suite in ("tabletop", f"{__file__}:Misled", f"{__file__}:Blind"):
                 out = ROOT / "runs/evidence/senses"
                 run = ROOT / f"runs/evidence/tabletop_{seed}"
-                subprocess.run([sys.executable, ROOT / "ript.py", "--eval", "--suite", suite, "--checkpoint",
-                                run / policy, "--out", out], check=True, stdout=subprocess.DEVNULL)
+                call("ript.py", "--eval", "--suite", suite, "--checkpoint", run / policy, "--out", out)
+                call("examples/report.py", out, "--no_video")
                 won = [int(row["success"]) for row in read(out / "evaluation.csv")]
-                cells.append(ript.interval(sum(won), len(won)))
+                cells.append(report.interval(sum(won), len(won)))
             print(f"| {seed} | {stage} | " + " | ".join(cells) + " |", flush=True)
-            rows.append(dict(zip(("seed", "stage", "as it is", "other instruction", "grey pictures"),
-                                 (seed, stage, *cells))))
-    ript.write_csv(ASSETS / "senses.csv", rows)
+            rows.append({"seed": seed, "stage": stage, "as it is": cells[0], "other instruction": cells[1],
+                         "grey pictures": cells[2]})
+    report.write_csv(ASSETS / "senses.csv", rows)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ class QueST(nn.Module):
     top_k = 0 if os.environ.get("QUEST_FULL_SOFTMAX") else 5
     chunk, TOKENS = 8, 8  # steps and tokens per query
     PRESET = dict.fromkeys(ript.LIBERO, dict(
-        image_size=128, sft_steps=0, scale_steps=0, iterations=30, groups=180, max_rejected=360, passes=20,
+        image_size=128, iterations=30, groups=180, max_rejected=360, passes=20,
         minibatch=6, micro_batch=512, clip=0.2, loss_per="token", lr=1e-6, eval_every=1))
     PRESET["libero_90"] = dict(PRESET["libero_90"], iterations=15, eval_every=3)
 
@@ -111,6 +111,7 @@ class QueST(nn.Module):
         self.lowdim_encoders = nn.ModuleDict({name: state(size) for name, size in STATES.items()})
         self.obs_proj, self.task_encoder = nn.Linear(512 + 3 * state_width, width), nn.Linear(512, width)
         self.autoencoder, self.policy_prior = skill_vae(skill_width), SkillGPT(width)
+        self.requires_grad_(False).policy_prior.requires_grad_(True)
         self.eval()  # for good: old and new log-probabilities must come from one function
 
     def context(self, agentview, eye_in_hand, joint_states, ee_pos, gripper_states, task_embedding):
@@ -154,14 +155,16 @@ class QueST(nn.Module):
                     gripper_states=raw["robot0_gripper_qpos"])
 
     @torch.no_grad()
-    def act(self, observations, instructions, explore=None):
+    def act(self, observations, instructions, generators):
         """Records: "actions" (8, 7), "scale", the tokens' perplexity, and what log_prob needs, no pictures.
-        explore: a numpy Generator each; None, to evaluate, draws too, as released, seeded by the picture."""
+        generators: of numpy, one each; None, to evaluate, draws too, as released, seeded by the picture."""
         inputs = {name: np.stack([seen[name] for seen in observations]) for name in observations[0]}
         features = np.stack([text_feature(text, self.CLIP) for text in instructions])
         context = self.context(**inputs, task_embedding=features)
-        seeded = [np.random.default_rng(int(picture.sum())) for picture in inputs["agentview"]]
-        indices = self.sample(context, explore or seeded)
+        seeded = []
+        for generator, picture in zip(generators, inputs["agentview"]):
+            seeded.append(generator or np.random.default_rng(int(picture.sum())))
+        indices = self.sample(context, seeded)
         log_prob = self.token_log_prob(context, indices)
         columns = dict(context=context, indices=indices, log_prob=log_prob, scale=(-log_prob.mean(-1)).exp(),
                        actions=self.decode_actions(indices)[:, :self.chunk].clamp(-1, 1))
@@ -172,11 +175,9 @@ class QueST(nn.Module):
         column = lambda name: torch.tensor(np.stack([r[name] for r in records])).to(self.obs_proj.bias.device)
         return self.token_log_prob(column("context"), column("indices"))
 
-    def trainable(self, stage):
-        """AdamW's groups: SkillGPT alone; its matrices decay, not its embeddings, biases and norms."""
-        if stage != "ript":
-            ript.fail(f"QueST has no stage {stage!r} here, start from a fine-tuned checkpoint")
-        gpt = self.requires_grad_(False).policy_prior.requires_grad_(True)
+    def parameter_groups(self):
+        """AdamW's groups: SkillGPT alone trains; its matrices decay, not its embeddings, biases and norms."""
+        gpt = self.policy_prior
         matrices = [p for p in gpt.parameters() if p.ndim == 2 and p is not gpt.tok_emb.weight]
         others = [gpt.tok_emb.weight, *(p for p in gpt.parameters() if p.ndim == 1)]
         return [dict(params=matrices, weight_decay=1e-4), dict(params=others, weight_decay=0.0)]
@@ -186,10 +187,10 @@ class QueST(nn.Module):
         ript.write(Path(directory) / "quest.pth", lambda path: torch.save({"model": self.state_dict()}, path))
 
     @classmethod
-    def load(cls, cfg, saved=""):
-        """The policy a run starts from, or the one in the directory saved."""
+    def load(cls, cfg):
+        """The policy that a run starts from."""
         released = f"quest/{cfg.suite.upper().replace('_10', '_LONG')}_sft.pth"
-        return cls.from_pretrained(saved or cfg.checkpoint or released, cfg.device)
+        return cls.from_pretrained(cfg.checkpoint or released, cfg.device)
 
     @classmethod
     def from_pretrained(cls, path, device="cpu"):
@@ -203,7 +204,8 @@ class QueST(nn.Module):
                 "policy_prior.lnf", "lowdim_encoders.ee_pos.projection.0", "autoencoder.action_proj")))
             policy.load_state_dict(weights)
         except Exception as error:  # whatever torch and the hub say of a damaged, foreign or missing file
-            ript.fail(f"cannot load a QueST from {path}, {type(error).__name__}: {str(error).split('. ')[0]}")
+            what = f"{type(error).__name__}: {str(error).split('. ')[0]}"
+            raise ript.UserError(f"cannot read a QueST from {path}, {what}")
         return policy.to(device)
 
 @functools.cache
@@ -216,4 +218,5 @@ def text_feature(instruction, source):
         clip = transformers.CLIPModel.from_pretrained(source)
         return clip.get_text_features(**words).pooler_output[0].detach().numpy()
     except Exception as error:  # likewise
-        ript.fail(f"no CLIP feature of {instruction!r}: set QUEST_CLIP as examples/quest.py says; {error}")
+        raise ript.UserError(
+            f"no CLIP feature of {instruction!r}: set QUEST_CLIP as policies/quest.py says; {error}")

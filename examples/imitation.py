@@ -1,0 +1,251 @@
+"""Stages 1 and 2, before reinforcement: a policy learns from demonstrations, scripted or LIBERO's.
+
+    python examples/imitation.py --suite tabletop             the laptop's stage 2, into runs/tabletop_sft
+    python examples/imitation.py --suite tabletop_pretrain    its stage 1: assets/tabletop was made so
+    python examples/imitation.py --model openvla-oft --suite libero_10 --demos DIR    fits the 7B's scale head
+
+Stage 2 (SFT) minimises the L1 distance of the mean action to the demonstrated one. Then the scale head is fitted by
+the Laplace likelihood, everything else frozen (section 4.2 of the paper). ript.py starts from what this writes.
+"""
+import math
+import sys
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import ript
+from ript import option
+
+DEMO_SEEDS = 1_000_000  # scripted demonstrations have seeds from here on, and training from ript.TRAIN_SEEDS
+
+
+@dataclass
+class ImitationConfig(ript.Config):
+    """The settings of stages 1 and 2, beside those that they share with stage 3."""
+    demos_per_task: int = option(10, "scripted demonstrations per task, where --demos gives none")
+    sft_steps: int = option(0, "optimiser steps of supervised fine-tuning, L1 loss")
+    sft_lr: float = option(1e-3, "learning rate of SFT, with warm-up and cosine decay")
+    scale_steps: int = option(500, "optimiser steps of the scale head, Laplace NLL")
+
+
+@dataclass
+class Demo:
+    """A demonstration of T steps."""
+    context: ript.Context
+    looks: list[Callable]  # of each step, a function that gives the raw observation
+    actions: np.ndarray  # (T, 7), the environment's units
+
+
+# ------------------------------------------------------------------------------------------ demonstrations
+async def play_expert(worker, episode):
+    """One episode of a suite's expert; its record is the suite's Demonstration."""
+    demonstration = await worker.call("demonstrate", episode.context)
+    episode.success = bool(demonstration.success)
+    episode.records = [demonstration]
+
+
+def scripted_demonstrations(workers, cfg):
+    """Demos in which the suite's expert succeeds, cfg.demos_per_task of every task."""
+    first = DEMO_SEEDS * (1 + cfg.seed)
+    contexts = []
+    for seed in range(first, first + cfg.demos_per_task):
+        for task, text in ript.tasks_of(cfg).items():
+            contexts.append(ript.Context(task, text, seed))
+    queue = deque(ript.Episode(context, number) for number, context in enumerate(contexts))
+    found = {}
+    attempts = 0
+    episodes = ript.simulate(play_expert, workers, queue)
+    for episode in tqdm(episodes, "demonstrations", leave=False, disable=None):
+        attempts += 1
+        if episode.success:
+            demonstration = episode.records[0]
+            looks = [partial(dict, raw) for raw in demonstration.observations]
+            found[episode.group] = Demo(episode.context, looks, demonstration.actions)
+        elif attempts < 50 + 3 * len(contexts):
+            # Another scene takes its place.
+            old = episode.context
+            queue.append(ript.Episode(ript.Context(old.task, old.instruction, old.seed + 1000), episode.group))
+    print(f"scripted expert: success in {len(found)} of {attempts} attempts", flush=True)
+    return [found[number] for number in sorted(found)]
+
+
+def demonstration_files(cfg):
+    """Triples of a task's number, its instruction and its HDF5 file in cfg.demos."""
+    for task, text in ript.tasks_of(cfg).items():
+        name = ript.load_suite(cfg.suite).BENCHMARK.tasks[task].name
+        yield task, text, Path(cfg.demos) / f"{name}_demo.hdf5"
+
+
+def demos_in(path):
+    """The demonstrations in one of LIBERO's HDF5 files, in the order of their numbers. The file stays open."""
+    import h5py
+    data = h5py.File(path)["data"]
+    return [data[name] for name in sorted(data, key=lambda name: int(name.split("_")[1]))]
+
+
+def demonstrated_contexts(cfg):
+    """The first states of LIBERO's demonstrations: the contexts of the paper, D_context."""
+    contexts = []
+    for task, text, path in demonstration_files(cfg):
+        for state in ript.read(path, lambda path: [demo["states"][0] for demo in demos_in(path)]):
+            contexts.append(ript.Context(task, text, 0, state))
+    return contexts
+
+
+def libero_row(demo, t):
+    """Step t of one of LIBERO's demonstrations, by the names that robosuite gives what it observes."""
+    from scipy.spatial.transform import Rotation
+    return dict(agentview_image=demo["obs/agentview_rgb"][t],
+                robot0_eye_in_hand_image=demo["obs/eye_in_hand_rgb"][t],
+                robot0_eef_pos=demo["obs/ee_pos"][t], robot0_joint_pos=demo["obs/joint_states"][t],
+                robot0_gripper_qpos=demo["obs/gripper_states"][t],
+                robot0_eef_quat=Rotation.from_rotvec(demo["obs/ee_ori"][t]).as_quat())
+
+
+def libero_demonstrations(cfg):
+    """Demos from LIBERO's HDF5 files in cfg.demos. Pictures are read when they are looked at."""
+    demos = []
+    for task, text, path in demonstration_files(cfg):
+        demos += ript.read(path, lambda path: [checked_demo(demo, task, text, cfg) for demo in demos_in(path)])
+    return demos
+
+
+def checked_demo(demo, task, text, cfg):
+    """A Demo of one HDF5 group. Raises an error now, and not in an hour, where something does not fit."""
+    actions = demo["actions"][:]
+    pictures = demo["obs/agentview_rgb"].shape
+    libero_row(demo, -1)
+    if actions.shape != (pictures[0], 7):
+        raise ValueError(f"{demo.name} has actions {actions.shape} for {pictures[0]} pictures")
+    if cfg.model == "tiny" and pictures[1] != cfg.image_size:
+        raise ValueError(f"{demo.name} has pictures {pictures}: set --image_size to theirs, with --collision false")
+    looks = [partial(libero_row, demo, t) for t in range(len(actions))]
+    return Demo(ript.Context(task, text, 0, demo["states"][0]), looks, actions)
+
+
+# ------------------------------------------------------------------------------------------------ learning
+def imitation_loss(policy, stage, observations, instructions, actions):
+    """Of demonstrated actions (B, H, 7) in the environment's units: L1 for "sft", Laplace NLL for "scale"."""
+    mean, log_scale = policy.predict(observations, instructions)
+    target = policy.from_env_actions(actions).to(mean)  # B H A
+    if stage == "sft":
+        return nn.functional.l1_loss(mean, target)
+    return -ript.laplace_log_prob(target, mean, log_scale).mean()
+
+
+def chunks_of(demos, H):
+    """Of every step of every Demo: its look, its instruction, and the H actions from there on, (H, 7)."""
+    samples = []
+    for demo in demos:
+        T = len(demo.actions)
+        for t, look in enumerate(demo.looks):
+            # A chunk that outlasts its demonstration repeats the last action.
+            ahead = np.arange(t, t + H).clip(max=T - 1)
+            samples.append((look, demo.context.instruction, demo.actions[ahead]))
+    return samples
+
+
+def fit(policy, stage, demos, steps, lr, seed, batch):
+    """AdamW on imitation_loss at random steps of demonstrations: -> the mean loss of the last tenth.
+
+    stage "sft": all but the scale head. "scale": the scale head alone. Warm-up and cosine decay.
+    """
+    rng = np.random.default_rng([seed, 0])
+    samples = chunks_of(demos, policy.chunk)
+    policy.train_only(policy.imitated if stage == "sft" else ("scale_head",))
+    optimizer = torch.optim.AdamW(policy.parameter_groups())
+    losses = []
+    for step in tqdm(range(steps), stage, leave=False, disable=None):
+        picked = [samples[i] for i in rng.integers(len(samples), size=batch)]
+        observations = [policy.preprocess(look()) for look, _, _ in picked]
+        instructions = [instruction for _, instruction, _ in picked]
+        actions = np.array([chunk for _, _, chunk in picked])
+        loss = imitation_loss(policy, stage, observations, instructions, actions)
+        optimizer.zero_grad()
+        loss.backward()
+        rise = min(1, (step + 1) * 20 / steps)
+        fall = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * rise * fall
+            nn.utils.clip_grad_norm_(group["params"], 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return np.mean(losses[-math.ceil(steps / 10):])
+
+
+def sft(policy, demos, cfg):
+    """Stage 2: -> the final L1 loss."""
+    return fit(policy, "sft", demos, cfg.sft_steps, cfg.sft_lr, cfg.seed, batch=64)
+
+
+def fit_scale_head(policy, demos, cfg):
+    """The Laplace scale head, everything else frozen: -> the final NLL per action step."""
+    return fit(policy, "scale", demos, cfg.scale_steps, 1e-3, cfg.seed, batch=16)
+
+
+def measure_bounds(policy, demos, kinds):
+    """Take the bounds of a policy from scratch, those that become -1 and 1, from its demonstrations."""
+    proprio = []
+    actions = []
+    for demo in demos:
+        proprio += [policy.preprocess(look())["proprio"] for look in demo.looks]
+        actions += list(demo.actions)
+    found = dict(proprio=proprio, action=actions)
+    for kind in kinds:
+        low, high = np.quantile(found[kind], (0.01, 0.99), 0).tolist()
+        policy.statistics[kind] = dict(q01=low, q99=high)
+
+
+def start(cfg):
+    """The policy that stage 2 starts from: that of cfg.checkpoint, or a tiny one with random weights."""
+    model = ript.load_policy(cfg.model)
+    ript.require(hasattr(model, "imitated"), f"--model {cfg.model} has no stage 2 here: start from its checkpoint")
+    if not cfg.checkpoint:
+        return model()
+    if issubclass(model, ript.load_policy("tiny")):
+        return model.from_pretrained(cfg.checkpoint)
+    return model.from_pretrained(cfg.checkpoint, cfg.suite, prefix=cfg.prefix, device=cfg.device)
+
+
+@ript.one_sentence()
+def main(argv=None):
+    """Gather demonstrations, fit the policy, then its scale head, and write both."""
+    argv = sys.argv[1:] if argv is None else argv
+    cfg = ript.parse_config(argv, ImitationConfig, "IMITATION")
+    ript.check(cfg)
+    suite = ript.load_suite(cfg.suite)
+    ript.require(cfg.demos or hasattr(suite, "demonstrate"), f"{cfg.suite} has no scripted expert: --demos DIR names "
+                 "a directory of LIBERO's HDF5 demonstrations")
+    torch.manual_seed(cfg.seed)
+    out = Path(cfg.out)
+    policy = start(cfg).to(cfg.device)
+    if cfg.demos:
+        demos = libero_demonstrations(cfg)
+    else:
+        tasks = list(ript.tasks_of(cfg))
+        with ExitStack() as stack:
+            workers = [stack.enter_context(closing(ript.Worker(cfg, tasks[i % len(tasks)])))
+                       for i in range(cfg.workers)]
+            demos = scripted_demonstrations(workers, cfg)
+    ript.require(demos, f"there is not one demonstration of {cfg.suite}")
+    if not cfg.checkpoint:
+        measure_bounds(policy, demos, getattr(suite, "MEASURED", ("proprio", "action")))
+    if cfg.sft_steps:
+        print(f"SFT on {len(demos)} demonstrations: L1 {sft(policy, demos, cfg):.4f}", flush=True)
+    if cfg.scale_steps:
+        print(f"scale head: NLL {fit_scale_head(policy, demos, cfg):.2f} per action step", flush=True)
+    policy.save(out)
+    print(f"wrote {out}, from which ript.py starts")
+
+
+if __name__ == "__main__":
+    main()

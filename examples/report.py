@@ -1,0 +1,146 @@
+"""Of a finished run: the table with intervals, the curve, CSV files, and a video of every task.
+
+    python examples/report.py runs/tabletop               also of an evaluation, runs/tabletop_eval
+    python examples/report.py runs/tabletop --no_video
+
+It writes evaluation.csv (the outcome of every held-out context), metrics.csv and curve.png (a row and a point per
+iteration) and task0.mp4, task1.mp4, ... (the policy in the first held-out context of each task).
+"""
+import csv
+import io
+import json
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import ript
+
+
+def interval(won, number) -> str:
+    """'won/number share [low, high]', with Wilson's 95% interval."""
+    from scipy.stats import binomtest
+    low, high = binomtest(int(won), number).proportion_ci(method="wilson")
+    return f"{won}/{number} {won / number:.0%} [{low:.0%}, {high:.0%}]"
+
+
+def mcnemar(before, after):
+    """-> contexts gained and lost between two lists of bool of the same contexts, and the exact p-value."""
+    from scipy.stats import binomtest
+    pairs = Counter(zip(before, after))
+    gained = pairs[False, True]
+    lost = pairs[True, False]
+    return gained, lost, binomtest(gained, max(gained + lost, 1)).pvalue
+
+
+def table(contexts, results) -> str:
+    """Success per task of each column {name: list of bool}; of two columns, their exact McNemar test."""
+    lines = [" " * 40 + "".join(f"{name:>30}" for name in results)]
+    instructions = list(dict.fromkeys(context.instruction for context in contexts))
+    for row in [*instructions, "all tasks"]:
+        chosen = [i for i, context in enumerate(contexts) if row in (context.instruction, "all tasks")]
+        cells = [interval(sum(column[i] for i in chosen), len(chosen)) for column in results.values()]
+        lines.append(f"{row[:39]:<40}" + "".join(f"{cell:>30}" for cell in cells))
+    if len(results) == 2:
+        gained, lost, p = mcnemar(*results.values())
+        lines.append(f"paired: {gained} contexts gained, {lost} lost, exact McNemar p = {p:.2g}")
+    return "\n".join(lines)
+
+
+def write_csv(path, rows):
+    """Dicts as a table, with a column for every key of any."""
+    text = io.StringIO()
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(text, keys, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    ript.write(path, lambda temporary: temporary.write_text(text.getvalue()))
+
+
+def write_curve(path, history):
+    """Success, the share of rejected groups, and seconds, against iterations."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 7))
+    panels = [("eval_success", "rollout_success"), ("rejected",), ("seconds_rollouts", "seconds_update")]
+    for axes, names in zip(figure.subplots(len(panels), sharex=True), panels):
+        for name in names:
+            rows = [row for row in history if name in row]
+            axes.plot([row["iteration"] for row in rows], [row[name] for row in rows], "o-", label=name)
+        axes.set(xlabel="iteration", ylim=(0, None))
+        axes.legend()
+    ript.write(path, lambda temporary: figure.savefig(temporary, bbox_inches="tight"))
+
+
+def policy_of(run, cfg):
+    """The policy that a run ended with, or the one that an evaluation was of."""
+    last = run / "last"
+    if (last / "adapter_config.json").exists():
+        cfg = replace(cfg, adapter=str(last))
+    elif last.exists():
+        cfg = replace(cfg, checkpoint=str(last))
+    return ript.load_policy(cfg.model).load(cfg)
+
+
+def film(policy, simulator, context):
+    """The pictures (256, 256, 3) uint8 of an episode, one per control step."""
+    answer = simulator.reset(context)
+    frames = []
+    while not answer.success and len(frames) < simulator.HORIZON:
+        record, = policy.act([policy.preprocess(answer.observation)], [context.instruction], [None])
+        for action in record["actions"]:
+            answer = simulator.step(action[None])
+            frames.append(simulator.draw("agentview", 256, False)[::-1].copy())
+            if answer.success or len(frames) == simulator.HORIZON:
+                break
+    return frames
+
+
+def write_videos(run, cfg, contexts):
+    """A video of the first held-out context of each task."""
+    import imageio
+    policy = policy_of(run, cfg)
+    simulator = ript.load_suite(cfg.suite)(cfg.image_size, cfg.collision)
+    seen = set()
+    for context in contexts:
+        if context.task not in seen:
+            seen.add(context.task)
+            frames = film(policy, simulator, context)
+            path = run / f"task{context.task}.mp4"
+            ript.write(path, lambda temporary: imageio.mimwrite(temporary, frames, fps=20))
+    simulator.env.close()
+
+
+@ript.one_sentence()
+def main(argv=None):
+    """Report on the run in argv[0]."""
+    argv = sys.argv[1:] if argv is None else argv
+    ript.require(argv and set(argv[1:]) <= {"--no_video"}, "report.py takes a run's directory, and --no_video")
+    run = Path(argv[0])
+    cfg = ript.read(run / "config.json", lambda path: ript.Config(**json.loads(path.read_text())))
+    outcomes = ript.read(run / "evaluation.json", lambda path: json.loads(path.read_text()))
+    contexts = ript.evaluation_contexts(cfg)
+    names = [f"{cfg.suite} {context.task} {context.seed}" for context in contexts]
+    for name, column in outcomes.items():
+        ript.require(set(names) == set(column), f"{run / 'evaluation.json'} has other contexts than config.json")
+    results = {name: [column[key] for key in names] for name, column in outcomes.items()}
+    print(table(contexts, results))
+    rows = []
+    for i, context in enumerate(contexts):
+        row = dict(task=context.task, instruction=context.instruction, context=context.seed)
+        for name, column in results.items():
+            row[name] = int(column[i])
+        rows.append(row)
+    write_csv(run / "evaluation.csv", rows)
+    if (run / "metrics.jsonl").exists():
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        history = ript.read(run / "metrics.jsonl", lambda _: [json.loads(line) for line in lines])
+        write_csv(run / "metrics.csv", history)
+        write_curve(run / "curve.png", history)
+    if "--no_video" not in argv:
+        write_videos(run, cfg, contexts)
+    print(f"wrote the table, the curve and the videos into {run}")
+
+
+if __name__ == "__main__":
+    main()
