@@ -806,7 +806,8 @@ def write(path, writer):
     except Exception as error:  # each library has its own for a full disk
         raise UserError(f"cannot write {path}: {type(error).__name__}: {error}")
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 def save_run(out, policy, optimizer, run, stats):
     """End an iteration: print a line, write metrics.jsonl, last/, best/ and, for --resume, run.pt."""

@@ -111,7 +111,6 @@ class QueST(nn.Module):
         self.lowdim_encoders = nn.ModuleDict({name: state(size) for name, size in STATES.items()})
         self.obs_proj, self.task_encoder = nn.Linear(512 + 3 * state_width, width), nn.Linear(512, width)
         self.autoencoder, self.policy_prior = skill_vae(skill_width), SkillGPT(width)
-        self.requires_grad_(False).policy_prior.requires_grad_(True)
         self.eval()  # for good: old and new log-probabilities must come from one function
 
     def context(self, agentview, eye_in_hand, joint_states, ee_pos, gripper_states, task_embedding):
@@ -177,7 +176,7 @@ class QueST(nn.Module):
 
     def parameter_groups(self):
         """AdamW's groups: SkillGPT alone trains; its matrices decay, not its embeddings, biases and norms."""
-        gpt = self.policy_prior
+        gpt = self.requires_grad_(False).policy_prior.requires_grad_(True)
         matrices = [p for p in gpt.parameters() if p.ndim == 2 and p is not gpt.tok_emb.weight]
         others = [gpt.tok_emb.weight, *(p for p in gpt.parameters() if p.ndim == 1)]
         return [dict(params=matrices, weight_decay=1e-4), dict(params=others, weight_decay=0.0)]
