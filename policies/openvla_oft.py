@@ -286,7 +286,8 @@ class OpenVLAOFT(LaplacePolicy):
         policy = cls.from_pretrained(cfg.checkpoint, cfg.suite, cfg.adapter, scale_head, cfg.prefix, cfg.device)
         if not cfg.adapter and not cfg.eval:
             policy.add_lora()
-            policy.train_only(cls.trained)
+        # The scale head stays as it is in stage 3.
+        policy.train_only(cls.trained)
         policy.scale_multiplier = cfg.scale_multiplier
         return policy.to(cfg.device)
 
