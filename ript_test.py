@@ -1032,6 +1032,8 @@ def test_a_run_writes_all_its_files_and_what_it_saves_is_what_it_trained(finishe
     shutil.copytree(out, run)
     report.main([str(run)])
     assert "exact McNemar p" in capsys.readouterr().out
+    # Before, then after: in the other order the paired test would count what RIPT has lost as gained.
+    assert (run / "evaluation.csv").read_text().splitlines()[0] == "task,instruction,context,SFT,RIPT"
     assert {path.name for path in run.iterdir()} >= {"evaluation.csv", "metrics.csv", "curve.png", "task0.mp4", "task1.mp4"}
     assert (run / "task1.mp4").stat().st_size > 1000
     evaluated = launch("--eval", "--checkpoint", out / "last", "--eval_contexts", 2, "--out", tmp_path / "e")

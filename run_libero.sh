@@ -7,17 +7,19 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
 die() { echo "run_libero.sh: $*" >&2; exit 2; }
+suits() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
 
 # 1. A virtual environment, unless one is active. Conda's base is nobody's to install into without being asked.
 active="${VIRTUAL_ENV:-}${CONDA_PREFIX:-}"
 [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-}" = base ] && active=""
 if [ -z "$active" ]; then
     if [ ! -x "$here/.venv/bin/python" ]; then
+        suits python3 || die "Python 3.10 to 3.12 is needed, python3 is $(python3 --version 2>&1 | tail -n 1)"
         python3 -m venv "$here/.venv" || die "python3 -m venv failed: install Python 3.10 to 3.12 with venv"
     fi
     export VIRTUAL_ENV="$here/.venv" PATH="$here/.venv/bin:$PATH"
 fi
-python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' ||
+suits python ||
     die "Python 3.10 to 3.12 is needed, this is $(python --version)"
 
 # 2. Packages, once for each content of requirements.txt. torch comes first, so that nothing else chooses its build.

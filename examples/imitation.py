@@ -8,6 +8,7 @@ Stage 2 (SFT) minimises the L1 distance of the mean action to the demonstrated o
 the Laplace likelihood, everything else frozen (section 4.2 of the paper). ript.py starts from what this writes.
 """
 import math
+import shlex
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -216,15 +217,46 @@ def start(cfg):
     return model.from_pretrained(cfg.checkpoint, cfg.suite, prefix=cfg.prefix, device=cfg.device)
 
 
+def check(cfg):
+    """Raise UserError for what can be known to go wrong before any long work starts."""
+    ript.check(cfg)
+    model = ript.load_policy(cfg.model)
+    suite = ript.load_suite(cfg.suite)
+    for name in ("adapter", "scale_head", "resume", "eval"):
+        ript.require(not getattr(cfg, name), f"--{name} is for ript.py: stages 1 and 2 have no use for it")
+    ript.require(ript.WORLD == 1, "stages 1 and 2 run in one process: start them without torchrun")
+    ript.require(cfg.sft_steps or cfg.scale_steps, "nothing to do: --sft_steps and --scale_steps are both 0")
+    # A policy that trains by adapters has none yet, so what else it learned would not be saved.
+    ript.require(not (cfg.sft_steps and getattr(model, "adapters_only", False)),
+                 f"--sft_steps must be 0 for {cfg.model}: of its checkpoint only the scale head is fitted here")
+    ript.require(cfg.demos or hasattr(suite, "demonstrate"), f"{cfg.suite} has no scripted expert: --demos DIR names "
+                 "a directory of LIBERO's HDF5 demonstrations")
+
+
+def next_command(cfg):
+    """The command that starts stage 3 from what this has written."""
+    words = ["--model", cfg.model, "--suite", cfg.suite]
+    usual = ript.parse_config(words)
+    settings = dict(checkpoint=cfg.out)
+    if getattr(ript.load_policy(cfg.model), "adapters_only", False):
+        settings = dict(checkpoint=cfg.checkpoint, scale_head=str(Path(cfg.out) / "scale_header.pth"))
+    # What the policy sees, and the contexts, are to be in stage 3 as they were here.
+    for name in ("task", "seed", "image_size", "collision", "prefix", "demos"):
+        settings[name] = getattr(cfg, name)
+    for name, value in settings.items():
+        if value != getattr(usual, name):
+            words += [f"--{name}", str(value)]
+    return shlex.join(["python", "ript.py", *words])
+
+
 @ript.one_sentence()
 def main(argv=None):
     """Gather demonstrations, fit the policy, then its scale head, and write both."""
     argv = sys.argv[1:] if argv is None else argv
     cfg = ript.parse_config(argv, ImitationConfig, "IMITATION")
-    ript.check(cfg)
+    check(cfg)
+    ript.join(cfg.device)
     suite = ript.load_suite(cfg.suite)
-    ript.require(cfg.demos or hasattr(suite, "demonstrate"), f"{cfg.suite} has no scripted expert: --demos DIR names "
-                 "a directory of LIBERO's HDF5 demonstrations")
     torch.manual_seed(cfg.seed)
     out = Path(cfg.out)
     policy = start(cfg).to(cfg.device)
@@ -244,7 +276,7 @@ def main(argv=None):
     if cfg.scale_steps:
         print(f"scale head: NLL {fit_scale_head(policy, demos, cfg):.2f} per action step", flush=True)
     policy.save(out)
-    print(f"wrote {out}, from which ript.py starts")
+    print(f"wrote {out}, from which stage 3 starts: {next_command(cfg)}")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,13 @@ iteration) and task0.mp4, task1.mp4, ... (the policy in the first held-out conte
 import csv
 import io
 import json
+import logging
 import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import ript
@@ -37,11 +40,12 @@ def mcnemar(before, after):
 def table(contexts, results) -> str:
     """Success per task of each column {name: list of bool}; of two columns, their exact McNemar test."""
     lines = [" " * 40 + "".join(f"{name:>30}" for name in results)]
-    instructions = list(dict.fromkeys(context.instruction for context in contexts))
-    for row in [*instructions, "all tasks"]:
-        chosen = [i for i, context in enumerate(contexts) if row in (context.instruction, "all tasks")]
+    # By number: some tasks of LIBERO-90 share an instruction.
+    rows = [(context.task, context.instruction) for context in contexts]
+    for task, text in [*dict.fromkeys(rows), (None, "all tasks")]:
+        chosen = [i for i, context in enumerate(contexts) if task in (context.task, None)]
         cells = [interval(sum(column[i] for i in chosen), len(chosen)) for column in results.values()]
-        lines.append(f"{row[:39]:<40}" + "".join(f"{cell:>30}" for cell in cells))
+        lines.append(f"{text[:39]:<40}" + "".join(f"{cell:>30}" for cell in cells))
     if len(results) == 2:
         gained, lost, p = mcnemar(*results.values())
         lines.append(f"paired: {gained} contexts gained, {lost} lost, exact McNemar p = {p:.2g}")
@@ -99,6 +103,11 @@ def film(policy, simulator, context):
 def write_videos(run, cfg, contexts):
     """A video of the first held-out context of each task."""
     import imageio
+    # robosuite has remarks about its macros.
+    logging.disable(logging.WARNING)
+    if cfg.device.startswith("cuda") and not torch.cuda.is_available():
+        cfg = replace(cfg, device="cpu")  # a run from another machine
+    ript.join(cfg.device)
     policy = policy_of(run, cfg)
     simulator = ript.load_suite(cfg.suite)(cfg.image_size, cfg.collision)
     seen = set()
@@ -123,7 +132,11 @@ def main(argv=None):
     names = [f"{cfg.suite} {context.task} {context.seed}" for context in contexts]
     for name, column in outcomes.items():
         ript.require(set(names) == set(column), f"{run / 'evaluation.json'} has other contexts than config.json")
-    results = {name: [column[key] for key in names] for name, column in outcomes.items()}
+    results = {}
+    # Before, then after: the paired test counts what RIPT has gained. The file's own order is the alphabet's.
+    for name in ("SFT", "RIPT", "success"):
+        if name in outcomes:
+            results[name] = [outcomes[name][key] for key in names]
     print(table(contexts, results))
     rows = []
     for i, context in enumerate(contexts):
