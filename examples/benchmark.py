@@ -13,6 +13,7 @@ Speed is measured on one task of LIBERO-Object with the same actions from the sa
                no messages, nobody to wait for
 """
 import asyncio
+import multiprocessing
 import sys
 import time
 from contextlib import ExitStack, closing, redirect_stdout
@@ -266,6 +267,7 @@ def collect():
                 _, stats = quietly(ript.collect, Replay(seconds), workers, context_of, run, replace(cfg, seed=seed))
                 print(f"policy {seconds * 1000:.0f} ms  seed {seed}  rollouts {stats['rollouts']}  kept {stats['kept']}"
                       f"  seconds {time.perf_counter() - began:.1f}", flush=True)
+    print(f"simulators left behind: {len(multiprocessing.active_children())}")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ def run(name, seed):
     shared, stage_2, stage_3 = (settings.split() for settings in EXPERIMENTS[name])
     shared += ["--seed", str(seed)]
     start = out / "sft"
-    if not (start / "config.json").exists():
+    # This is the last file that stage 2 writes.
+    if not (start / "model.safetensors").exists():
         call("examples/imitation.py", *shared, *stage_2, "--out", start)
     if not (out / "evaluation.json").exists():
         call("ript.py", *shared, *stage_3, "--checkpoint", start, "--out", out)
@@ -65,9 +66,9 @@ def run(name, seed):
         shutil.copyfile(out / f"{file}.csv", ASSETS / f"{name}_{seed}_{file}.csv")
 
 
-def call(script, *arguments):
+def call(script, *arguments, stdout=None):
     """Run a script of this repository, and stop if it fails."""
-    subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], check=True, cwd=ROOT, stdout=stdout)
 
 
 def row(name, seed):
@@ -118,7 +119,8 @@ class HeadOnly(laptop.Tiny):
 class HandOver(ript.load_suite("tabletop_pretrain")):
     """A goal that pretraining did not have (the paper's section 5.4): lift the cube, take it 6 cm forward."""
     INSTRUCTIONS, HORIZON = ("hand me the red cube", "hand me the green cube"), 36
-    TINY = TABLETOP.PRESET["tiny"] | dict(iterations=15, eval_every=5)
+    # The tabletop's checkpoint is for another goal, so --checkpoint must name one.
+    TINY = TABLETOP.PRESET["tiny"] | dict(checkpoint="", iterations=15, eval_every=5)
     PRESET = {"tiny": TINY, f"{__file__}:HeadOnly": TINY | dict(max_rejected=24, lr=6e-4)}
     IMITATION = {"tiny": TABLETOP.IMITATION["tiny"] | dict(sft_steps=60, sft_lr=1.5e-4),
                  f"{__file__}:HeadOnly": TABLETOP.IMITATION["tiny"] | dict(sft_steps=45, sft_lr=2e-4)}
@@ -177,8 +179,10 @@ def senses():
             for suite in ("tabletop", f"{__file__}:Misled", f"{__file__}:Blind"):
                 out = ROOT / "runs/evidence/senses"
                 run = ROOT / f"runs/evidence/tabletop_{seed}"
-                call("ript.py", "--eval", "--suite", suite, "--checkpoint", run / policy, "--out", out)
-                call("examples/report.py", out, "--no_video")
+                # What they print would interrupt the table.
+                call("ript.py", "--eval", "--suite", suite, "--checkpoint", run / policy, "--out", out,
+                     stdout=subprocess.DEVNULL)
+                call("examples/report.py", out, "--no_video", stdout=subprocess.DEVNULL)
                 won = [int(row["success"]) for row in read(out / "evaluation.csv")]
                 cells.append(report.interval(sum(won), len(won)))
             print(f"| {seed} | {stage} | " + " | ".join(cells) + " |", flush=True)
