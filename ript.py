@@ -30,35 +30,33 @@ import sys
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("LIBERO_CONFIG_PATH", f"{sys.prefix}/.libero")
 
-import asyncio
-import atexit
-import importlib
 import json
 import logging
 import math
 import multiprocessing
-import resource
+import pkgutil
 import runpy
 import signal
 import threading
 import time
+import traceback
 import zipfile
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from collections import Counter, OrderedDict, deque
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import cache, partial
+from importlib.metadata import version
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Literal, NamedTuple, Optional
 
 import numpy as np
 import torch
 from torch import distributed, nn
-from torch.distributed.elastic.multiprocessing import errors
 
 # Policies and suites say `import ript`. They must get this module, and not a second copy of it.
 sys.modules.setdefault("ript", sys.modules[__name__])
@@ -72,8 +70,7 @@ SUITES = dict.fromkeys(LIBERO, "examples.laptop:Laptop") | dict(
     libero_object="examples.laptop:LiberoObject", tabletop="examples.laptop:Tabletop",
     tabletop_pretrain="examples.laptop:TabletopPretrain")
 ALIASES = dict(libero_long="libero_10")
-# Training contexts have seeds from here on. Evaluation has 0, 1, 2, ...
-TRAIN_SEEDS = 10_000_000
+TRAIN_SEEDS = 10_000_000  # training contexts have seeds from here on, and evaluation has 0, 1, 2, ...
 # The number of this process, of all processes, and of those on this machine, as torchrun sets them.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -82,7 +79,7 @@ def option(default, text):
     """A field of Config: its default, and what --help says of it."""
     return field(default=default, metadata={"help": text})
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     """Every setting. Presets of policy and suite override the defaults, the command line overrides both."""
     model: str = option("tiny", f"the policy: {', '.join(POLICIES)} or FILE.py:Class")
@@ -113,7 +110,6 @@ class Config:
     anneal: bool = option(False, "let the learning rate fall linearly to zero over the iterations")
     max_grad_norm: float = option(1.0, "the norm that the gradient is clipped to")
     scale_multiplier: float = option(1.0, "factor on the Laplace scale b, when sampling and when scoring")
-    # Evaluation and simulation
     eval_contexts: int = option(50, "held-out contexts per task; LIBERO stores 50")
     eval_every: int = option(5, "iterations between evaluations; 0: only before and after")
     workers: int = option(max(1, min(16, os.cpu_count() // LOCAL_WORLD)), "simulators of each process")
@@ -130,10 +126,7 @@ def require(condition, message):
         raise UserError(message)
 
 def parse_config(argv, settings=Config, stage="PRESET"):
-    """Fill the dataclass settings: defaults < presets < command line.
-
-    The presets are the attribute stage of policies and suites. With --resume they are the run's own settings.
-    """
+    """Fill the dataclass settings: defaults < presets, which policies and suites have under stage < argv."""
     from transformers import HfArgumentParser
     parser = HfArgumentParser(settings, usage=sys.modules[settings.__module__].__doc__, allow_abbrev=False)
     # argparse's complaints become UserErrors.
@@ -148,6 +141,7 @@ def parse_config(argv, settings=Config, stage="PRESET"):
     names = [name.split(":")[-1] for name in (given.model, suite) if name != "tiny"]
     ending = "_sft" if stage == "IMITATION" else "_eval" if given.eval else ""
     parser.set_defaults(out="runs/" + "_".join(names) + ending, **preset)
+    # A run that goes on has its own settings for defaults.
     if given.resume:
         saved = read(Path(given.resume) / "config.json", lambda p: settings(**json.loads(p.read_text())))
         parser.set_defaults(**vars(saved))
@@ -163,8 +157,7 @@ def leave_one_out_advantage(rewards):
     K = rewards.shape[-1]
     if K < 2:
         raise ValueError(f"leave_one_out_advantage needs K >= 2 rollouts per context, got {K}")
-    if not rewards.is_floating_point():
-        rewards = rewards.float()
+    rewards = rewards * 1.0  # bool and int become float
     others = rewards.sum(-1, keepdim=True) - rewards
     return rewards - others / (K - 1)
 
@@ -177,32 +170,28 @@ def laplace_log_prob(action, mean, log_scale):
 
     log p = sum over A of -|action - mean| / b - log(2 b) with b = exp(log_scale), in normalised action units.
     """
-    action = action.float()
-    mean = mean.float()
     log_scale = log_scale.float()
-    distance = (action - mean).abs() * torch.exp(-log_scale)
-    return (-distance - log_scale - math.log(2)).sum(-1)
+    distance = (action.float() - mean.float()).abs()
+    return (-distance * torch.exp(-log_scale) - log_scale - math.log(2)).sum(-1)
 
 def loss_weight(mask, per="episode"):
     """What each action step counts in the loss: mask (E, S) bool -> (E, S) float, which sums to 1.
 
-    mask is False where no action ran. per="episode": a mean over the steps of each episode, then over these;
+    mask is False where no action ran. per="episode": a mean over each episode's steps, then over episodes;
     per="token": a mean over all steps, in which long episodes weigh more. Raises ValueError for another per.
     """
     if per not in ("episode", "token"):
         raise ValueError(f"per must be 'episode' or 'token', got {per!r}")
     if per == "token":
         return mask / mask.sum().clamp(min=1)
-    steps = mask.sum(-1, keepdim=True)  # E 1
-    return mask / steps.clamp(min=1) / len(mask)
+    return mask / mask.sum(-1, keepdim=True).clamp(min=1) / len(mask)
 
 def ppo_clip_loss(log_prob, old_log_prob, advantage, weight, clip=0.2):
     """PPO's clipped objective, negated (Eq. 6), with one ratio per action step.
 
     log_prob, old_log_prob (E, S); advantage (E,); weight (E, S) from loss_weight, 0 where no action ran;
-    clip: eps, or a pair (low, high) for [1 - low, 1 + high]. Returns the weighted sum over steps, a scalar, and the
-    weighted sums of ratio, clip_frac (where the clip cuts the gradient) and approx_kl. Since all are sums,
-    the parts of a minibatch add up to it.
+    clip: eps, or a pair for [1 - low, 1 + high]. Returns the sum over weighted steps, a scalar, and such sums
+    of ratio, clip_frac (where the clip cuts the gradient), approx_kl. Parts of a minibatch add up to its own.
     """
     low, high = clip if isinstance(clip, (tuple, list)) else (clip, clip)
     # What was not executed may be anything, NaN too, and must not reach the gradient.
@@ -212,9 +201,8 @@ def ppo_clip_loss(log_prob, old_log_prob, advantage, weight, clip=0.2):
     clipped = ratio.clamp(1 - low, 1 + high) * advantage[:, None]
     loss = -(torch.minimum(plain, clipped) * weight).sum()
     with torch.no_grad():
-        stats = dict(ratio=(ratio * weight).sum(),
-                     clip_frac=((clipped < plain) * weight).sum(),
-                     # Schulman's estimator k3: unbiased, and never negative
+        # approx_kl is Schulman's estimator k3: unbiased, and never negative.
+        stats = dict(ratio=(ratio * weight).sum(), clip_frac=((clipped < plain) * weight).sum(),
                      approx_kl=((ratio - 1 - log_ratio) * weight).sum())
     return loss, stats
 
@@ -231,59 +219,44 @@ class Episode:
     def __str__(self):
         return f"iteration {self.noise[1] + 1 if self.noise else 0}, group {self.group}, {self.context}"
 
-async def rollout(worker, episode, actor, horizon):
+def rollout(worker, episode, actor, horizon):
     """Run an episode in a worker's simulator: reset, then look, act and step until success or the horizon."""
-    answer = await worker.call("reset", episode.context)
+    answer = worker.call("reset", episode.context)
     left = horizon
     while left > 0 and not answer.success:
-        record = await actor.act(answer.observation, episode)
+        record = actor.act(answer.observation, episode)
         actions = record.pop("actions")[:left]
         if not np.isfinite(actions).all():
             raise RuntimeError(f"an action is not finite in {episode}")
-        answer = await worker.call("step", actions)
+        answer = worker.call("step", actions)
         left -= answer.ran
         episode.records.append(record)
         episode.executed.append(answer.ran)
     episode.success = bool(answer.success)
 
 class Actor:
-    """Asks the policy for actions. Episodes that wait at the same time are answered in one forward."""
+    """Asks the policy for actions. Rollouts that wait at the same time, each in a thread, share a forward."""
     def __init__(self, policy, batch):
-        self.policy, self.batch = policy, batch  # observations per forward; 0: all that wait
-        self.waiting, self.seconds = [], 0.0
+        self.policy, self.batch = policy, batch or None  # observations per forward; None: all that wait
+        self.waiting, self.lock = [], threading.Lock()
 
-    async def act(self, raw, episode):
+    def act(self, raw, episode):
         """-> the record of an episode's next action chunk, from a raw observation."""
-        if not self.waiting:
-            # This task begins once every simulator that has answered by now has brought its episode here.
-            self.answers = asyncio.ensure_future(self.answer())
-        place = len(self.waiting)
-        self.waiting.append((raw, episode))
-        return (await self.answers)[place]
-
-    async def answer(self):
-        """-> a record for each waiting episode."""
-        began = time.time()
-        waiting, self.waiting = self.waiting, []
-        records = []
-        size = self.batch or len(waiting)
-        for start in range(0, len(waiting), size):
-            part = waiting[start:start + size]
-            observations = [self.policy.preprocess(raw) for raw, _ in part]
-            instructions = [episode.context.instruction for _, episode in part]
-            # Each query has a generator of its own, so that a rollout is a function of its numbers.
-            generators = [episode.noise and np.random.default_rng((*episode.noise, len(episode.records)))
-                          for _, episode in part]
-            records += self.policy.act(observations, instructions, generators)
-        self.seconds += time.time() - began
-        return records
-
-def fate(group) -> str:
-    """What becomes of K episodes: "kept" if their rewards differ; "solved" and "failed" are rejected."""
-    rewards = torch.tensor([[episode.success for episode in group]])
-    if has_signal(rewards):
-        return "kept"
-    return "solved" if rewards.all() else "failed"
+        query = Future()
+        self.waiting.append((query, self.policy.preprocess(raw), episode))
+        with self.lock:
+            # Whoever has the lock answers all that have come meanwhile, in their order.
+            while not query.done():
+                queries, observations, episodes = zip(*self.waiting[:self.batch])
+                instructions = [episode.context.instruction for episode in episodes]
+                # Each query has a generator of its own, so that a rollout is a function of its numbers.
+                generators = [episode.noise and np.random.default_rng((*episode.noise, len(episode.records)))
+                              for episode in episodes]
+                records = self.policy.act(observations, instructions, generators)
+                del self.waiting[:len(queries)]
+                for answered, record in zip(queries, records):
+                    answered.set_result(record)
+        return query.result()
 
 def collect(policy, workers, context_of, run, cfg):
     """Algorithm 1, lines 4-14: -> the kept episodes of this process's share, K after K, and statistics.
@@ -291,8 +264,7 @@ def collect(policy, workers, context_of, run, cfg):
     context_of(number) is the context of a group; run["group"], the next number, advances.
     """
     began = time.time()
-    groups, queue = {}, deque()
-    ended, actor = Counter(), Actor(policy, cfg.act_batch)
+    groups, queue, ended = {}, deque(), Counter()
 
     def launch():
         # Process r of W takes the groups r, r + W, r + 2 W, ...
@@ -303,24 +275,29 @@ def collect(policy, workers, context_of, run, cfg):
 
     for _ in range(cfg.groups // WORLD):
         launch()
-    play = partial(rollout, actor=actor, horizon=load_suite(cfg.suite).HORIZON)
+    play = partial(rollout, actor=Actor(policy, cfg.act_batch), horizon=load_suite(cfg.suite).HORIZON)
     for episode in simulate(play, workers, queue):
         ended[episode.group] += 1
-        rejected = ended[episode.group] == cfg.rollouts and fate(groups[episode.group]) != "kept"
+        whole = ended[episode.group] == cfg.rollouts
+        rejected = whole and not has_signal(rewards_of([groups[episode.group]]))
         if rejected and len(groups) < (cfg.groups + cfg.max_rejected) // WORLD:
             launch()
-    # Whatever was launched is finished by now. So the kept groups are the first with signal in the stream of
-    # numbers, whatever the timing was: groups that end quickly are not favoured.
     # Every process goes on at the same number, beyond all that any of them has used.
     run["group"] += WORLD * max(gather(len(groups)))
+    # All that was launched has ended, so timing does not decide what is kept: quick groups are not favoured.
     groups = [groups[number] for number in sorted(groups)]
-    kept = [episode for group in groups if fate(group) == "kept" for episode in group]
-    return kept, summary(groups, actor.seconds, time.time() - began, cfg)
+    keep = has_signal(rewards_of(groups))  # C
+    kept = [episode for group, signal in zip(groups, keep) if signal for episode in group]
+    return kept, summary(groups, time.time() - began, cfg)
+
+def rewards_of(groups):
+    """The rewards of C groups of K episodes: (C, K) bool."""
+    return torch.tensor([[episode.success for episode in group] for group in groups])
 
 def score(policy, episodes, micro_batch):
     """-> (E, Q, H) each: what counts, bool; the old log_prob; and log_prob as act has recorded it."""
-    # Acting and updating have other batch sizes and so other kernels. In bfloat16 that moves a log_prob by
-    # 0.1, which would look like a change of the policy. So old ones are computed in the way of the new ones.
+    # In bfloat16 another size of batch moves a log_prob by 0.1, which would look like a change of the policy.
+    # So old ones are computed in the way of the new ones.
     queries = max((len(episode.records) for episode in episodes), default=0)
     mask = torch.zeros(len(episodes), queries, policy.TOKENS or policy.chunk, dtype=torch.bool)
     old, recorded = torch.zeros(mask.shape), torch.zeros(mask.shape)
@@ -339,9 +316,8 @@ def score(policy, episodes, micro_batch):
 
 def update(policy, optimizer, episodes, cfg, run):
     """Algorithm 1, lines 15-17: N passes of minibatches over the kept episodes: -> mean diagnostics."""
-    began, where = time.time(), f"iteration {run['iteration'] + 1}"
-    rewards = torch.tensor([float(episode.success) for episode in episodes])
-    rewards = rewards.reshape(len(episodes) // cfg.rollouts, cfg.rollouts)  # C K
+    began = time.time()
+    rewards = rewards_of([episodes]).view(-1, cfg.rollouts)  # C K
     advantage = leave_one_out_advantage(rewards).flatten()  # E
     mask, old, recorded = score(policy, episodes, cfg.micro_batch)  # E Q H each
     ratio_error = ((recorded - old).exp() - 1).abs().max().item() if episodes else 0.0
@@ -355,8 +331,7 @@ def update(policy, optimizer, episodes, cfg, run):
             m = mask[minibatch]
             weight = torch.zeros(mask.shape)
             weight[minibatch] = loss_weight(m.flatten(1), cfg.loss_per).view(m.shape)
-            # Of the episodes, or the steps, that the loss is a mean over, this process has a part. With it
-            # the weights sum to 1 over all processes, and all gradients add up to that of the whole.
+            # The loss is a mean over the episodes, or steps, of all processes: their weights sum to 1.
             mine = len(minibatch) if cfg.loss_per == "episode" else int(m.sum())
             weight *= mine / sum(gather(mine))
             chunks = [(e, q) for e in minibatch for q in range(len(episodes[e].records))]
@@ -372,49 +347,39 @@ def update(policy, optimizer, episodes, cfg, run):
             log = total(log)
             log["grad_norm"] = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
             if not math.isfinite(log["grad_norm"]):
-                raise RuntimeError(f"the gradient is not finite in {where}")
+                raise RuntimeError(f"the gradient is not finite in iteration {run['iteration'] + 1}")
             optimizer.step()
-            # Now, so that gradients take no memory while the next rollouts are collected.
-            optimizer.zero_grad()
+            optimizer.zero_grad()  # now, so that gradients take no memory during the next rollouts
             logs.append(log)
-    # Every process must have taken the same steps.
-    checksum = sum(p.detach().sum(dtype=torch.float64).item() for p in parameters)
-    if len(set(gather(checksum))) > 1:
-        raise RuntimeError(f"the parameters of the processes differ after {where}")
-    means = {name: np.mean([log[name] for log in logs]) for name in logs[0]}
-    return means | dict(ratio_error=max(gather(ratio_error)), checksum=checksum, updates=len(logs),
-                        seconds_update=time.time() - began)
+    means = {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
+    seconds = time.time() - began
+    return means | dict(ratio_error=max(gather(ratio_error)), updates=len(logs), seconds_update=seconds)
 
 # ------------------------------------------------------------------------------------ 3. The policy wrapper
-class ScaleHead(nn.Module):
-    """The head that RIPT adds (section 4.2 of the paper): log b of every action dimension.
+class ScaleHead(nn.Sequential):
+    """The head that RIPT adds (section 4.2 of the paper): (B, H, F) -> log b of every action, (B, H, A).
 
-    (B, H, F) -> (B, H, A), through a trunk (B, H, F) -> (B, H, width) like the action head's. It is fitted
-    by maximum likelihood before stage 3 and frozen in it. Module names: the released scale_header.pth.
+    Its trunk, (B, H, F) -> (B, H, width), is like the action head's. It is fitted by maximum likelihood
+    before stage 3 and frozen in it. Module names: the released scale_header.pth.
     """
     def __init__(self, trunk, width, A):
-        super().__init__()
-        self.trunk = trunk
-        self.log_b_head = nn.Linear(width, A)
+        super().__init__(OrderedDict(trunk=trunk, log_b_head=nn.Linear(width, A)))
         # It starts at b = 0.05 whatever the features are.
         nn.init.xavier_uniform_(self.log_b_head.weight, gain=0.01)
         nn.init.constant_(self.log_b_head.bias, -3.0)
 
-    def forward(self, features):
-        return self.log_b_head(self.trunk(features))
-
 class LaplacePolicy(nn.Module):
     """What makes a distribution of a VLA that regresses action chunks: a Laplace around its prediction.
 
-    A subclass sets action_head and scale_head, modules (B, H, F) -> (B, H, A), and these methods:
+    A subclass has action_head and scale_head, modules (B, H, F) -> (B, H, A), and these methods:
       load(cfg)                               a classmethod: the policy that a run starts from
       preprocess(raw)                         the simulator's arrays -> the observation that an episode stores
       features(observations, instructions)    lists of length B -> (B, H, F), with gradient
       to_env_actions(normalised)              (..., A) in head units -> numpy (..., A) in the environment's
       save(directory)                         write what load reads
 
-    A policy that chooses tokens needs none of this class (policies/quest.py). It has load, preprocess, act,
-    log_prob, parameter_groups and save as they are here, chunk, and the number of its TOKENS.
+    A policy that chooses tokens needs none of this class (policies/quest.py): it has load, preprocess, act,
+    log_prob, parameter_groups and save as they are here, chunk and TOKENS.
     """
     PRESET = {}  # settings by suite, which replace the defaults of Config
     TOKENS = 0  # tokens per query; 0 where log_prob has a column for each action step
@@ -503,8 +468,7 @@ class Libero:
         if task == self.task:
             return
         if self.env:
-            # EGL wants that before the next one.
-            self.env.close()
+            self.env.close()  # EGL wants that before the next one
         from libero.libero.envs.env_wrapper import ControlEnv
         bddl_file = self.BENCHMARK.get_task_bddl_file_path(task)
         self.env = ControlEnv(bddl_file_name=bddl_file, **self.ROBOT).env
@@ -545,7 +509,7 @@ class Libero:
 
     def look(self) -> dict:
         """The raw observation."""
-        # Pictures are drawn here alone: once in H control steps, which is five times faster than in each.
+        # Pictures are drawn once in H control steps, which is five times faster than in each.
         observation = self.env._get_observations(force_update=True)
         for camera in self.CAMERAS:
             observation[f"{camera}_image"] = self.draw(camera, self.image_size, self.collision)
@@ -556,32 +520,29 @@ class Libero:
         self.env.sim._render_context_offscreen.vopt.geomgroup[:2] = (collision, not collision)
         return self.env.sim.render(camera_name=camera, width=size, height=size)
 
-def load_class(name, known, base):
+def load_class(known, base, name):
     """The class that a name in known, or FILE.py:Class, stands for. Raises UserError where there is none."""
-    source, _, attribute = known.get(name, name).rpartition(":")
-    require(source, f"{name} is none of {', '.join(known | ALIASES)}, FILE.py:Class")
-    try:
-        module = runpy.run_path(source) if source.endswith(".py") else vars(importlib.import_module(source))
-        if not issubclass(module[attribute], base):
-            raise TypeError(f"{attribute} is no subclass of {base.__name__}")
-        return module[attribute]
-    except Exception as error:
-        raise UserError(f"cannot load {name}: {type(error).__name__}: {error}")
+    path = known.get(name, name)
+    file, _, attribute = path.rpartition(":")
+    require(file, f"{name} is none of {', '.join(known | ALIASES)}, FILE.py:Class")
+    if file.endswith(".py"):
+        found = read(file, runpy.run_path).get(attribute)
+    else:
+        found = read(path, pkgutil.resolve_name)
+    require(isinstance(found, type) and issubclass(found, base), f"{name} is no subclass of {base.__name__}")
+    return found
 
-@cache
-def load_policy(name):
-    """The class of a policy, by its name or FILE.py:Class."""
-    return load_class(name, POLICIES, nn.Module)
+# load_policy(name): the class of a policy, by its name or FILE.py:Class
+load_policy = cache(partial(load_class, POLICIES, nn.Module))
 
 @cache
 def load_suite(name):
     """The class of a suite, by its name or FILE.py:Class."""
     name = ALIASES.get(name, name)
-    base = load_class(name, SUITES, Libero)
+    base = load_class(SUITES, Libero, name)
     if name not in LIBERO:
         return base
-    # The first import prints where it keeps its settings.
-    with redirect_stdout(None):
+    with redirect_stdout(None):  # the first import prints where it keeps its settings
         from libero.libero import benchmark
         tasks = benchmark.get_benchmark(name)()
     texts = [task.language for task in tasks.tasks]
@@ -593,110 +554,114 @@ def tasks_of(cfg) -> dict[int, str]:
     require(cfg.task < len(texts), f"--task must be below {len(texts)} for {cfg.suite}, got {cfg.task}")
     return texts if cfg.task < 0 else {cfg.task: texts[cfg.task]}
 
-def begin_simulator():
-    """What a simulator's process does first."""
-    # robosuite has remarks about its macros.
-    logging.disable(logging.WARNING)
+def serve(pipe, suite, image_size, collision):
+    """A simulator's process: answers the trainer's calls until the trainer is gone, even if it was killed."""
+    logging.disable(logging.WARNING)  # robosuite has remarks about its macros
+    sys.unraisablehook = lambda error: None  # and its destructors complain where a constructor has failed
+    simulator = None
+    with suppress(EOFError, OSError):
+        while True:
+            method, arguments = pipe.recv()
+            try:
+                simulator = simulator or load_suite(suite)(image_size, collision)
+                answer = getattr(simulator, method)(*arguments)
+            except Exception:
+                answer = SimulatorError(traceback.format_exc())
+            pipe.send(answer)
     # At exit robosuite's destructors would free what is freed already.
-    atexit.register(os._exit, 0)
-    threading.Thread(target=end_with_trainer, daemon=True).start()
-
-def end_with_trainer():
-    """End this process once the trainer is gone, even if it was killed."""
-    multiprocessing.parent_process().join()
     os._exit(0)
-
-@cache
-def simulator(suite, image_size, collision):
-    """The simulator of this process."""
-    return load_suite(suite)(image_size, collision)
-
-def call_simulator(settings, method, *arguments):
-    """Call a method of this process's simulator."""
-    return getattr(simulator(*settings), method)(*arguments)
 
 class SimulatorError(RuntimeError):
     """A simulator died, was silent for too long, or raised."""
 
 class Worker:
     """A simulator in a process of its own."""
-    PATIENCE = 300  # seconds for an answer
-    TRIES = 3  # processes for an episode
+    PATIENCE, TRIES = 300, 3  # seconds for an answer; processes for an episode
 
     def __init__(self, cfg, task):
-        self.settings, self.task = (cfg.suite, cfg.image_size, cfg.collision), task
+        self.settings = cfg.suite, cfg.image_size, cfg.collision
+        self.task = task  # of the episode that it has had last
         self.start()
 
     def start(self):
         """Start the process."""
-        # OpenGL and CUDA do not survive a fork.
-        spawn = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(1, spawn, begin_simulator)
-        others = multiprocessing.active_children()
-        # The child inherits that it ignores Ctrl-C, which is for the trainer alone.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        # The first call makes the process.
-        self.pool.submit(os.getpid)
-        signal.signal(signal.SIGINT, handler)
-        self.process = next(child for child in multiprocessing.active_children() if child not in others)
+        spawn = multiprocessing.get_context("spawn")  # OpenGL and CUDA do not survive a fork
+        self.pipe, end = spawn.Pipe()
+        self.process = spawn.Process(target=serve, args=(end, *self.settings), daemon=True)
+        # The child inherits that Ctrl-C is for the trainer alone.
+        resource_tracker.ensure_running()  # here, because it would unblock the signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        self.process.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        # Without this end here, the pipe says when the process is dead.
+        end.close()
 
     def close(self):
         """End the process at once, whatever it is doing."""
         self.process.kill()
-        self.pool.shutdown()
+        self.process.join()
 
-    async def call(self, method, *arguments):
+    def call(self, method, *arguments):
         """-> what a method of the simulator returns. Raises SimulatorError."""
         try:
-            answer = self.pool.submit(call_simulator, self.settings, method, *arguments)
-            return await asyncio.wait_for(asyncio.wrap_future(answer), self.PATIENCE)
-        except Exception as error:  # the method's own, or that the process is dead or silent
-            raise SimulatorError(f"{method}: {error or type(error).__name__}") from error
+            self.pipe.send((method, arguments))
+            if not self.pipe.poll(self.PATIENCE):
+                raise TimeoutError(f"no answer in {self.PATIENCE} seconds")
+            answer = self.pipe.recv()
+        except (EOFError, OSError) as error:
+            raise SimulatorError(f"{method}: {type(error).__name__}: {error}") from error
+        if isinstance(answer, SimulatorError):
+            raise answer
+        return answer
 
-    async def play(self, play, episode):
+    def play(self, play, episode):
         """-> this worker and the episode, after play(worker, episode)."""
-        # Where the simulator fails, a new one starts the episode again: a rollout is a function of its
-        # numbers, so that changes nothing.
+        # A new process starts the episode again. A rollout is a function of its numbers: no result changes.
         self.task = episode.context.task
-        for attempt in range(1, self.TRIES + 1):
+        for _ in range(self.TRIES):
             episode.records, episode.executed = [], []
             try:
-                await play(self, episode)
+                play(self, episode)
                 return self, episode
             except SimulatorError as error:
+                failure = error
                 self.close()
-                if attempt == self.TRIES:
-                    raise RuntimeError(f"the simulator failed {attempt} times at {episode}") from error
                 self.start()
+        raise RuntimeError(f"the simulator failed {self.TRIES} times at {episode}") from failure
+
+@contextmanager
+def open_workers(cfg):
+    """The simulators of this process, within a with statement. Raises UserError if they do not start."""
+    tasks = list(tasks_of(cfg))
+    workers = [Worker(cfg, tasks[i % len(tasks)]) for i in range(cfg.workers)]
+    try:
+        workers[0].call("build", tasks[0])
+        yield workers
+    except SimulatorError as error:
+        raise UserError("the simulator does not start (it needs libegl1 and libgl1-mesa-dri on Debian, and "
+                        f"for LIBERO the meshes of libero-download-assets): {str(error).splitlines()[-1]}")
+    finally:
+        for worker in workers:
+            worker.close()
 
 def simulate(play, workers, queue):
-    """Run the coroutine play(worker, episode) for every Episode of a deque; yield each as it ends."""
+    """Run play(worker, episode) for every Episode of a deque, each in a thread; yield each as it ends."""
     # The caller may extend the queue meanwhile. A worker that is free takes the next episode at once.
-    # The simulators need the other cores.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    loop = asyncio.new_event_loop()
     idle, running = list(workers), set()
-    try:
+    # For the policy, torch has one core in these threads. The simulators need the others.
+    with ThreadPoolExecutor(len(workers), initializer=torch.set_num_threads, initargs=(1,)) as threads:
         while queue or running:
             while queue and idle:
                 worker = idle.pop(0)
                 # An episode of the worker's own task first, because its environment is there.
                 episode = next((e for e in queue if e.context.task == worker.task), queue[0])
                 queue.remove(episode)
-                running.add(loop.create_task(worker.play(play, episode)))
-            ended, running = loop.run_until_complete(asyncio.wait(running, return_when="FIRST_COMPLETED"))
-            for task in ended:
-                worker, episode = task.result()
+                running.add(threads.submit(worker.play, play, episode))
+            ended, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                worker, episode = future.result()
                 idle.append(worker)
                 yield episode
-    finally:
-        # Only after an error are some still running.
-        for task in running:
-            task.cancel()
-            loop.run_until_complete(asyncio.wait([task]))
-        loop.close()
-        torch.set_num_threads(threads)
 
 # ---------------------------------------------------------------------- 5. Ranks, evaluation, files and main
 def join(device):
@@ -708,14 +673,10 @@ def join(device):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", visible.split(",")[local] if visible else str(local))
     if WORLD > 1:
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # rank 0 speaks for all
         # When a process dies, torchrun ends those of its machine; those of other machines wait for an hour.
         backend = "nccl" if device.startswith("cuda") else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(hours=1))
-
-def say(text):
-    """Print on rank 0."""
-    if RANK == 0:
-        print(text, flush=True)
 
 def gather(value) -> list:
     """The value of every process."""
@@ -741,51 +702,47 @@ def reduce_gradients(parameters):
         distributed.all_reduce(flat)
         nn.utils.vector_to_parameters(flat, gradients)
 
-def summary(groups, seconds_policy, seconds, cfg):
+def summary(groups, seconds, cfg):
     """Statistics of an iteration's groups over all processes. Says so where few groups were kept."""
-    counts = Counter(kept=0, solved=0, failed=0, seconds_policy=seconds_policy / WORLD)
-    for group in groups:
-        counts[fate(group)] += 1
-        for episode in group:
-            counts.update(rollouts=1, successes=int(episode.success), queries=len(episode.records),
-                          env_steps=sum(episode.executed), scale=sum(r["scale"] for r in episode.records))
-    stats = total(counts)
-    kept, solved, failed = stats["kept"], stats["solved"], stats["failed"]
-    if kept < cfg.groups:
-        say(f"only {kept} of {cfg.groups} groups kept: {solved} were too easy, {failed} too hard (if both, raise "
-            "--scale_multiplier)")
+    rewards = rewards_of(groups)  # C K
+    episodes = sum(groups, [])
+    records = [record for episode in episodes for record in episode.records]
+    stats = total(dict(
+        kept=has_signal(rewards).sum().item(), solved=rewards.all(-1).sum().item(),
+        failed=(~rewards).all(-1).sum().item(), rollouts=len(episodes), successes=rewards.sum().item(),
+        queries=len(records), scale=sum(record["scale"] for record in records),
+        env_steps=sum(sum(episode.executed) for episode in episodes)))
+    if stats["kept"] < cfg.groups:
+        print(f"only {stats['kept']} of {cfg.groups} groups kept: {stats['solved']} were too easy, "
+              f"{stats['failed']} too hard (if both, raise --scale_multiplier)", flush=True)
     return stats | dict(rollout_success=stats["successes"] / stats["rollouts"], seconds_rollouts=seconds,
-                        rejected=1 - kept / (kept + solved + failed), scale=stats["scale"] / stats["queries"],
-                        steps_per_second=stats["env_steps"] / seconds)
+                        scale=stats["scale"] / stats["queries"])
 
 def evaluation_contexts(cfg):
     """The held-out contexts of the suite. Nothing else uses their seeds."""
     return [Context(task, text, seed, state) for task, text in tasks_of(cfg).items()
             for seed, state in enumerate(load_suite(cfg.suite).held_out(task, cfg.eval_contexts))]
 
-def training_context(number, tasks, demonstrated, seed):
-    """Of an endless stream: demonstrated contexts, in a new order at each pass, or fresh ones of tasks."""
-    if demonstrated:
-        passes, place = divmod(number, len(demonstrated))
-        order = np.random.default_rng([seed, passes]).permutation(len(demonstrated))
-        return demonstrated[order[place]]
-    return Context(*tasks[number % len(tasks)], TRAIN_SEEDS * (seed + 1) + number)
+def training_context(number, cfg):
+    """The context of a group: a demonstrated one, or without --demos a fresh one of the tasks in turn."""
+    if cfg.demos:
+        from examples.imitation import demonstrated_contexts  # which reads LIBERO's HDF5 files
+        found = demonstrated_contexts(cfg)  # the paper's D_context
+        return found[np.random.default_rng([cfg.seed, number]).integers(len(found))]
+    tasks = list(tasks_of(cfg).items())
+    return Context(*tasks[number % len(tasks)], TRAIN_SEEDS * (cfg.seed + 1) + number)
 
-def evaluate(policy, workers, contexts, cfg) -> dict[str, bool]:
-    """Act with the mean in every context: -> whether it succeeds, by suite, task and seed."""
-    actor = Actor(policy, cfg.act_batch)
-    play = partial(rollout, actor=actor, horizon=load_suite(cfg.suite).HORIZON)
+def evaluate(policy, workers, contexts, cfg, name) -> float:
+    """Act with the mean in every context: -> the share of successes. Writes evaluation_NAME.json."""
+    play = partial(rollout, actor=Actor(policy, cfg.act_batch), horizon=load_suite(cfg.suite).HORIZON)
     queue = deque(Episode(context) for context in contexts[RANK::WORLD])
     ended = simulate(play, workers, queue)
-    outcomes = {f"{cfg.suite} {e.context.task} {e.context.seed}": e.success for e in ended}
-    return {name: won for part in gather(outcomes) for name, won in part.items()}
-
-def report(out, results):
-    """Say how many held-out contexts succeed and write evaluation.json, for examples/report.py."""
-    for name, outcomes in results.items():
-        say(f"{name}: {sum(outcomes.values())} of {len(outcomes)} held-out contexts")
-    write(out / "evaluation.json", lambda path: path.write_text(json.dumps(results, indent=1, sort_keys=True)))
-    say(f"for the table, the curve and videos: python examples/report.py {out}")
+    mine = {f"{cfg.suite} {e.context.task} {e.context.seed}": e.success for e in ended}
+    outcomes = {key: won for part in gather(mine) for key, won in part.items()}
+    text = json.dumps(outcomes, indent=1, sort_keys=True)
+    write(Path(cfg.out) / f"evaluation_{name}.json", lambda path: path.write_text(text))
+    print(f"{name}: {sum(outcomes.values())} of {len(outcomes)} held-out contexts", flush=True)
+    return sum(outcomes.values()) / len(outcomes)
 
 def read(path, reader):
     """reader(path). Whatever it raises becomes a UserError with the file's name."""
@@ -804,19 +761,16 @@ def write(path, writer):
         writer(temporary)
         os.replace(temporary, path)
     except Exception as error:  # each library has its own for a full disk
-        raise UserError(f"cannot write {path}: {type(error).__name__}: {error}")
-    finally:
-        if temporary.exists():
+        with suppress(OSError):
             temporary.unlink()
+        raise UserError(f"cannot write {path}: {type(error).__name__}: {error}")
 
 def save_run(out, policy, optimizer, run, stats):
     """End an iteration: print a line, write metrics.jsonl, last/, best/ and, for --resume, run.pt."""
-    row = dict(iteration=run["iteration"], **stats, gpu_gb=torch.cuda.max_memory_allocated() / 2 ** 30,
-               memory_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
-    row = {name: value if isinstance(value, int) else float(value) for name, value in row.items()}
+    row = dict(iteration=run["iteration"]) | stats | dict(gpu_gb=torch.cuda.max_memory_allocated() / 2 ** 30)
     run["history"].append(row)
     shown = "iteration", "rollout_success", "kept", "solved", "failed", "approx_kl", "eval_success"
-    say("  ".join(f"{name} {row[name]:.3g}" for name in shown if name in row))
+    print("  ".join(f"{name} {row[name]:.3g}" for name in shown if name in row), flush=True)
     policy.save(out / "last")
     if row.get("eval_success", -1.0) > run["best"]:
         run["best"] = row["eval_success"]
@@ -829,8 +783,7 @@ def save_run(out, policy, optimizer, run, stats):
 
 def load_run(path, policy, optimizer):
     """Fill policy and optimizer from what save_run wrote: -> the run."""
-    # torch does not look at the checksums.
-    if zipfile.ZipFile(path).testzip():
+    if zipfile.ZipFile(path).testzip():  # torch does not look at the checksums
         raise ValueError("a checksum is wrong")
     run = torch.load(path, map_location="cpu", weights_only=True)
     policy.load_state_dict(run.pop("policy"), strict=False)
@@ -849,20 +802,10 @@ def check(cfg):
     require(cfg.momentum < 1, f"--momentum must be below 1, got {cfg.momentum}")
     require(cfg.groups % WORLD == 0, f"--groups must be a multiple of the {WORLD} processes")
     require(not cfg.demos or cfg.suite in LIBERO, f"--demos is for suites of LIBERO, {cfg.suite} is none")
-    tasks_of(cfg)
-    try:
-        what = f"--device {cfg.device} cannot be used"
-        torch.empty(0, device=cfg.device)
-        what = "no headless OpenGL (on Debian, apt-get install libegl1 libgl1-mesa-dri)"
-        import mujoco
-        mujoco.GLContext(16, 16).free()
-    except Exception as error:
-        raise UserError(f"{what}: {error}")
+    training_context(0, cfg)
+    read(f"--device {cfg.device}", lambda _: torch.empty(0, device=cfg.device))
     # From 3.3.3 on pictures are darker, from 3.4.0 on one of LIBERO's stored states breaks.
-    require(mujoco.__version__ == "3.3.2", "MuJoCo must be 3.3.2: pip install mujoco==3.3.2")
-    if cfg.suite in LIBERO:
-        from libero.libero import get_libero_path
-        require(Path(get_libero_path("assets")).is_dir(), "no meshes of LIBERO: run libero-download-assets")
+    require(version("mujoco") == "3.3.2", "MuJoCo must be 3.3.2: pip install mujoco==3.3.2")
 
 @contextmanager
 def one_sentence():
@@ -872,12 +815,9 @@ def one_sentence():
     except UserError as error:
         # Where rank 0 fails alike, torchrun ends the others before they say so too.
         time.sleep(2 * (RANK > 0))
-        who = f"ript.py, rank {RANK}" if RANK else "ript.py"
-        print(f"{who}: {' '.join(str(error).split())[:500]}", file=sys.stderr, flush=True)
+        print(f"ript.py: {' '.join(str(error).split())[:500]}", file=sys.stderr, flush=True)
         sys.exit(2)
 
-# With it torchrun's last words are the traceback of the process that failed.
-@errors.record
 @one_sentence()
 def main(argv=None):
     """Algorithm 1 with a line per iteration, between two evaluations on the same contexts."""
@@ -886,46 +826,34 @@ def main(argv=None):
     join(cfg.device)
     torch.manual_seed(cfg.seed)
     out = Path(cfg.out)
-    policy = load_policy(cfg.model).load(cfg)
-    optimizer = torch.optim.AdamW(policy.parameter_groups(), cfg.lr, (cfg.momentum, 0.999))
-    tasks = list(tasks_of(cfg).items())
-    demonstrated = []  # the paper's D_context
-    if cfg.demos:
-        from examples.imitation import demonstrated_contexts  # which reads LIBERO's HDF5 files
-        demonstrated = demonstrated_contexts(cfg)
-    context_of = partial(training_context, tasks=tasks, demonstrated=demonstrated, seed=cfg.seed)
-    held_out = evaluation_contexts(cfg)
-    write(out / "config.json", lambda path: path.write_text(json.dumps(asdict(cfg), indent=1)))
-    with ExitStack() as stack:
-        workers = [Worker(cfg, tasks[i % len(tasks)][0]) for i in range(cfg.workers)]
-        for worker in workers:
-            stack.callback(worker.close)
+    with open_workers(cfg) as workers:
+        policy = load_policy(cfg.model).load(cfg)
+        optimizer = torch.optim.AdamW(policy.parameter_groups(), cfg.lr, (cfg.momentum, 0.999))
+        held_out = evaluation_contexts(cfg)
+        write(out / "config.json", lambda path: path.write_text(json.dumps(asdict(cfg), indent=1)))
         if cfg.eval:
-            return report(out, dict(success=evaluate(policy, workers, held_out, cfg)))
+            return evaluate(policy, workers, held_out, cfg, "success")
+        run = dict(iteration=0, group=0, best=-1.0, history=[])
+        stats = {}
         # A run that was stopped before it wrote run.pt starts again.
         if cfg.resume and (out / "run.pt").exists():
             run = read(out / "run.pt", partial(load_run, policy=policy, optimizer=optimizer))
-        else:
-            run = dict(iteration=0, group=0, best=-1.0, history=[], results={})
-            run["results"]["SFT"] = evaluate(policy, workers, held_out, cfg)
-            stats = dict(eval_success=np.mean([*run["results"]["SFT"].values()]))
+            stats = run["history"].pop()
+        while True:
+            done = run["iteration"]
+            due = done in (0, cfg.iterations) or cfg.eval_every and done % cfg.eval_every == 0
+            if due and "eval_success" not in stats:
+                stats["eval_success"] = evaluate(policy, workers, held_out, cfg, "RIPT" if done else "SFT")
             save_run(out, policy, optimizer, run, stats)
-        while run["iteration"] < cfg.iterations:
+            if done >= cfg.iterations:
+                break
             for group in optimizer.param_groups:
-                group["lr"] = cfg.lr * (1 - cfg.anneal * run["iteration"] / cfg.iterations)
-            episodes, stats = collect(policy, workers, context_of, run, cfg)  # lines 4-14
+                group["lr"] = cfg.lr * (1 - cfg.anneal * done / cfg.iterations)
+            episodes, stats = collect(policy, workers, partial(training_context, cfg=cfg), run, cfg)  # 4-14
             if stats["kept"]:
-                stats |= update(policy, optimizer, episodes, cfg, run)  # lines 15-17
+                stats |= update(policy, optimizer, episodes, cfg, run)  # 15-17
             run["iteration"] += 1
-            last = run["iteration"] == cfg.iterations
-            if last or cfg.eval_every and run["iteration"] % cfg.eval_every == 0:
-                run["results"]["RIPT"] = evaluate(policy, workers, held_out, cfg)
-                stats["eval_success"] = np.mean([*run["results"]["RIPT"].values()])
-            save_run(out, policy, optimizer, run, stats)
-        # With --resume, the last iteration may be one that was not evaluated.
-        if "eval_success" not in run["history"][-1]:
-            run["results"]["RIPT"] = evaluate(policy, workers, held_out, cfg)
-    report(out, run["results"])
+    print(f"for the table, the curve and videos: python examples/report.py {out}", flush=True)
 
 if __name__ == "__main__":
     # End at once, as on SIGTERM: no file is ever half written.

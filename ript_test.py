@@ -1,5 +1,4 @@
 """The claims of ript.py, each as a test that fails when the claim does. Run: bash run_libero.sh test"""
-import asyncio
 import dataclasses
 import json
 import math
@@ -12,6 +11,8 @@ import subprocess
 import sys
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import h5py
@@ -625,7 +626,7 @@ def workers():
 
 def call(worker, method, *arguments):
     """The answer of a worker's simulator."""
-    return asyncio.run(worker.call(method, *arguments))
+    return worker.call(method, *arguments)
 
 
 def flat_state(simulator):
@@ -763,12 +764,21 @@ def pretrained():
     return Tiny.from_pretrained(PRETRAINED)
 
 
-def test_the_stream_of_a_solved_iteration_goes_on_where_it_ended():
-    contexts = [ript.training_context(n, list(enumerate(TASKS)), [], 0) for n in (0, 1, 7)]
+def test_fresh_contexts_take_the_tasks_in_turn_and_no_seed_twice():
+    contexts = [ript.training_context(n, config()) for n in (0, 1, 7)]
     assert [(c.task, c.seed - ript.TRAIN_SEEDS) for c in contexts] == [(0, 0), (1, 1), (1, 7)]
+    other = ript.training_context(0, config("--seed", 1))
+    assert other.seed == 2 * ript.TRAIN_SEEDS
+
+
+def test_demonstrated_contexts_are_drawn_by_the_number_of_the_group(monkeypatch):
     demonstrated = [Context(0, TASKS[0], 0, np.full(3, i)) for i in range(5)]
-    passes = [[ript.training_context(n, [], demonstrated, 0).state[0] for n in range(5 * k, 5 * k + 5)] for k in (0, 1)]
-    assert sorted(passes[0]) == sorted(passes[1]) == list(range(5)) and passes[0] != passes[1]
+    monkeypatch.setattr(imitation, "demonstrated_contexts", lambda cfg: demonstrated)
+    cfg = dataclasses.replace(config(), demos="somewhere")
+    drawn = [[ript.training_context(n, cfg).state[0] for n in range(40)] for _ in range(2)]
+    assert drawn[0] == drawn[1] and set(drawn[0]) == set(range(5))
+    another_seed = [ript.training_context(n, dataclasses.replace(cfg, seed=1)).state[0] for n in range(40)]
+    assert another_seed != drawn[0]
 
 
 def test_the_kept_set_does_not_depend_on_the_number_of_workers(workers):
@@ -805,7 +815,7 @@ def test_uniform_groups_never_reach_the_optimiser_and_are_replaced_up_to_the_cap
     monkeypatch.setattr(ript, "simulate", rollouts_that_end_as(outcome))
     run = run_of()
     episodes, stats = collect_with([], None, config("--groups", 2, "--rollouts", 2, "--max_rejected", 3), run)
-    assert episodes == [] and stats["rejected"] == 1
+    assert episodes == [] and stats["kept"] == 0 and stats["solved"] + stats["failed"] == 5
     assert run["group"] == 5 and stats["rollouts"] == 10  # 2 groups, and one more for each of 3 rejections
     assert counts in capsys.readouterr().out
 
@@ -852,20 +862,46 @@ class Echo:
 
 class Stub:
     """A worker whose simulator answers at once and never succeeds."""
-    async def call(self, method, *arguments):
-        await asyncio.sleep(0)
+    def call(self, method, *arguments):
         return ript.Answer(len(arguments[0]) if method == "step" else 0, False, {})
 
 
-def test_episodes_that_wait_at_the_same_time_are_answered_in_one_forward():
-    async def several(batch):
-        policy = Echo()
-        actor = ript.Actor(policy, batch)
-        episodes = [Episode(fresh_context(0), 0, (0, 0, 0, k)) for k in range(5)]
-        await asyncio.gather(*(ript.rollout(Stub(), episode, actor, 20) for episode in episodes))
-        assert all(episode.executed == [8, 8, 4] for episode in episodes)  # cut at the horizon
-        return policy.sizes
-    assert asyncio.run(several(0)) == [5, 5, 5] and asyncio.run(several(2)) == [2, 2, 1] * 3
+@pytest.mark.parametrize("batch,sizes", [(0, [5]), (2, [2, 2, 1]), (1, [1] * 5)])
+def test_episodes_that_wait_at_the_same_time_share_a_forward(batch, sizes):
+    policy = Echo()
+    actor = ript.Actor(policy, batch)
+    episodes = [Episode(fresh_context(0), 0, (0, 0, 0, k)) for k in range(5)]
+    with ThreadPoolExecutor(5) as threads:
+        with actor.lock:
+            records = [threads.submit(actor.act, {}, episode) for episode in episodes]
+            while len(actor.waiting) < 5:
+                time.sleep(0.01)
+        chunks = [record.result()["actions"] for record in records]
+    assert policy.sizes == sizes
+    # Each has the answer to its own question, whoever asked.
+    for k, chunk in enumerate(chunks):
+        assert (chunk == np.random.default_rng((0, 0, 0, k, 0)).uniform(-1, 1, (8, 7))).all()
+
+
+def test_a_chunk_is_cut_at_the_horizon():
+    episode = Episode(fresh_context(0), 0, (0, 0, 0, 0))
+    ript.rollout(Stub(), episode, ript.Actor(Echo(), 0), 20)
+    assert episode.executed == [8, 8, 4] and not episode.success
+
+
+def test_a_forward_that_fails_ends_every_rollout_that_waits_for_it():
+    class Broken(Echo):
+        def act(self, observations, instructions, generators):
+            raise RuntimeError("out of memory")
+
+    actor = ript.Actor(Broken(), 0)
+    with ThreadPoolExecutor(3) as threads:
+        with actor.lock:
+            episodes = [Episode(fresh_context(0), 0, (0, 0, 0, k)) for k in range(3)]
+            records = [threads.submit(actor.act, {}, episode) for episode in episodes]
+        for record in records:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                record.result(timeout=30)
 
 
 # ----------------------------------------------------------------------------------------- update and supervision
@@ -1024,8 +1060,8 @@ def finished(tmp_path_factory):
 
 def test_a_run_writes_all_its_files_and_what_it_saves_is_what_it_trained(finished, tmp_path, capsys):
     out, printed = finished
-    assert {path.name for path in out.iterdir()} >= {"config.json", "metrics.jsonl", "run.pt", "evaluation.json", "last",
-                                                     "best"}
+    assert {path.name for path in out.iterdir()} >= {"config.json", "metrics.jsonl", "run.pt", "last", "best",
+                                                     "evaluation_SFT.json", "evaluation_RIPT.json"}
     assert len(rows_without_seconds(out)) == 3 and "RIPT: " in printed and "SFT: " in printed
     assert all(len(line) <= 110 for line in printed.splitlines())
     run = tmp_path / "run"
@@ -1038,8 +1074,18 @@ def test_a_run_writes_all_its_files_and_what_it_saves_is_what_it_trained(finishe
     assert (run / "task1.mp4").stat().st_size > 1000
     evaluated = launch("--eval", "--checkpoint", out / "last", "--eval_contexts", 2, "--out", tmp_path / "e")
     assert evaluated.returncode == 0, evaluated.stderr
-    ours = json.loads((tmp_path / "e/evaluation.json").read_text())["success"]
-    assert ours == json.loads((out / "evaluation.json").read_text())["RIPT"] and len(ours) == 4
+    ours = json.loads((tmp_path / "e/evaluation_success.json").read_text())
+    assert ours == json.loads((out / "evaluation_RIPT.json").read_text()) and len(ours) == 4
+
+
+def wait_for_the_end_of(pids):
+    """Fail if one of these processes is still there in a minute. One that nobody has waited for is not."""
+    deadline = time.time() + 60
+    for pid in pids:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                assert time.time() < deadline, f"process {pid} outlives the run"
+                time.sleep(0.1)
 
 
 def children_of(pid):
@@ -1057,12 +1103,11 @@ def test_a_killed_run_is_resumed_to_the_same_bits_and_leaves_no_process(finished
     trainer.kill()
     trainer.wait()
     assert len(children) >= 2  # the simulators, which have to notice
-    while any(Path(f"/proc/{pid}").exists() for pid in children):
-        time.sleep(0.1)
+    wait_for_the_end_of(children)
     resumed = launch("--resume", tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert rows_without_seconds(tmp_path) == rows_without_seconds(finished[0])
-    for name in ("last/model.safetensors", "best/model.safetensors", "evaluation.json"):
+    for name in ("last/model.safetensors", "best/model.safetensors", "evaluation_SFT.json", "evaluation_RIPT.json"):
         assert (tmp_path / name).read_bytes() == (finished[0] / name).read_bytes()
     assert not list(tmp_path.rglob("*.tmp*"))
 
@@ -1080,12 +1125,13 @@ def test_the_table_of_a_run_that_ends_between_evaluations_is_of_its_last_policy(
     shutil.copytree(finished[0], tmp_path / "run")
     run = torch.load(tmp_path / "run/run.pt", weights_only=True)
     del run["history"][-1]["eval_success"]
-    # As if they were of an earlier iteration.
-    run["results"]["RIPT"] = {name: not won for name, won in run["results"]["RIPT"].items()}
     torch.save(run, tmp_path / "run/run.pt")
+    # As if it were of an earlier iteration.
+    (tmp_path / "run/evaluation_RIPT.json").write_text("{}")
     done = launch("--resume", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run/evaluation.json").read_bytes() == (finished[0] / "evaluation.json").read_bytes()
+    name = "evaluation_RIPT.json"
+    assert (tmp_path / "run" / name).read_bytes() == (finished[0] / name).read_bytes()
 
 
 def test_the_table_has_wilson_intervals_per_task_and_the_exact_test_of_pairs():
@@ -1101,27 +1147,31 @@ def test_the_table_has_wilson_intervals_per_task_and_the_exact_test_of_pairs():
 
 def test_a_signal_ends_a_run_and_its_simulators_without_a_traceback(tmp_path):
     """Two runs get theirs after an evaluation; the last gets Ctrl-C, which goes to all processes, during imports."""
-    cases = [(signal.SIGINT, "metrics.jsonl"), (signal.SIGTERM, "metrics.jsonl"), (signal.SIGINT, "config.json")]
+    cases = [(signal.SIGINT, "metrics.jsonl"), (signal.SIGTERM, "metrics.jsonl"), (signal.SIGINT, "imports")]
+    folders = [tmp_path / str(i) for i in range(len(cases))]
     runs = []
-    for i in range(len(cases)):
-        command = [sys.executable, HERE / "ript.py", *map(str, QUICK), "--iterations", "9", "--out", tmp_path / str(i)]
+    for out in folders:
+        command = [sys.executable, HERE / "ript.py", *map(str, QUICK), "--iterations", "9", "--out", out]
         runs.append(subprocess.Popen(command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                      start_new_session=True))
-    for i, (number, moment) in reversed(list(enumerate(cases))):
-        while not (tmp_path / str(i) / moment).exists():
-            assert runs[i].poll() is None
-            time.sleep(0.02)
-        if moment == "config.json":
-            time.sleep(3)
-            assert not (tmp_path / str(i) / "metrics.jsonl").exists()
-        children = children_of(runs[i].pid)
-        (os.killpg if moment == "config.json" else os.kill)(runs[i].pid, number)
-        # Simulators end their imports first.
-        said = runs[i].communicate(timeout=60 if moment == "config.json" else 20)[1]
-        assert "Traceback" not in said and "KeyboardInterrupt" not in said
-        assert runs[i].returncode == -number and len(children) >= 2  # which a shell shows as 130 and 143
-        while any(Path(f"/proc/{pid}").exists() for pid in children):
-            time.sleep(0.1)
+    try:
+        for run, out, (number, moment) in reversed(list(zip(runs, folders, cases))):
+            # "imports" is when there are two simulators, and multiprocessing's own process.
+            while not ((out / moment).exists() or moment == "imports" and len(children_of(run.pid)) > 2):
+                assert run.poll() is None
+                time.sleep(0.02)
+            # They have to be told what to import.
+            time.sleep(0.5)
+            children = children_of(run.pid)
+            (os.killpg if moment == "imports" else os.kill)(run.pid, number)
+            # Simulators end their imports first.
+            said = run.communicate(timeout=60 if moment == "imports" else 20)[1]
+            assert "Traceback" not in said and "KeyboardInterrupt" not in said
+            assert run.returncode == -number and len(children) >= 2  # which a shell shows as 130 and 143
+            wait_for_the_end_of(children)
+    finally:
+        for run in runs:
+            run.kill()
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "other"])
@@ -1155,8 +1205,10 @@ def test_two_and_three_processes_give_the_gradient_of_one_on_the_same_groups(tmp
         rows, expected = rows_without_seconds(tmp_path / str(n)), rows_without_seconds(tmp_path / "1")
         assert rows[1]["kept"] == expected[1]["kept"] > 1 and rows[1]["updates"] == 1
         for row, other in zip(rows, expected, strict=True):
+            # The second iteration's rollouts start from parameters that differ by rounding.
+            tolerance = 1e-6 if row["iteration"] < 2 else 1e-3
             for name in set(other) - {"ratio_error"}:  # which is rounding itself
-                assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), name
+                assert row[name] == pytest.approx(other[name], rel=tolerance, abs=1e-6), name
         ours, theirs = (torch.load(tmp_path / str(m) / "run.pt", weights_only=True)["policy"] for m in (n, 1))
         ours = torch.cat([p.detach().flatten() for p in ours.values()])
         theirs = torch.cat([p.detach().flatten() for p in theirs.values()])
@@ -1185,7 +1237,7 @@ def test_an_iteration_of_openvla_oft_in_libero(tmp_path, monkeypatch):
     libero_or_skip()
     golden("golden_oft")
     monkeypatch.setattr(ript.load_suite("libero_10"), "HORIZON", 16)
-    monkeypatch.setattr(ript, "fate", lambda group: "kept")
+    monkeypatch.setattr(ript, "has_signal", lambda rewards: torch.ones(len(rewards), dtype=torch.bool))
     monkeypatch.setattr(ript, "leave_one_out_advantage", lambda rewards: rewards + torch.tensor([1.0, -1.0]))
     run = ["--model", "openvla-oft", "--suite", "libero_long", "--task", "2", "--checkpoint", str(GOLDEN / "tiny_oft"),
            "--eval_contexts", "2", "--workers", "2", "--collision", "true", "--image_size", "128"]
@@ -1213,7 +1265,7 @@ def test_the_seven_billions_command_asks_the_hub_for_the_released_files(monkeypa
     def download(repository, allow_patterns, ignore_patterns):
         asked.append((repository, allow_patterns))
         return str(GOLDEN / "tiny_oft")
-    monkeypatch.setattr(openvla_oft, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     cfg = config("--model", "openvla-oft", "--suite", "libero_long", "--device", "cpu")
     header = "openvla_oft/scale_header/LIBERO_LONG_scale_header.pth"
     assert cfg.scale_head == f"tanshh97/RIPT_VLA/{header}"
@@ -1273,7 +1325,7 @@ def test_libero_resets_softly_to_the_stored_state_at_every_episode(suite, task):
 def test_fresh_contexts_of_libero_differ_from_one_another_as_stored_ones_do():
     libero_or_skip()
     simulator, cfg = load_suite("libero_object")(64, True), config("--suite", "libero_object", "--task", 0)
-    fresh = [ript.training_context(n, list(ript.tasks_of(cfg).items()), [], 0) for n in range(12)]
+    fresh = [ript.training_context(n, cfg) for n in range(12)]
     means, spreads = [], []
     for contexts in (ript.evaluation_contexts(cfg)[:12], fresh):
         states = []
@@ -1378,7 +1430,7 @@ def fingerprint(episodes):
 
 def collect_all(monkeypatch, workers):
     """The fingerprint of one group, which is kept whatever its rewards are."""
-    monkeypatch.setattr(ript, "fate", lambda group: "kept")
+    monkeypatch.setattr(ript, "has_signal", lambda rewards: torch.ones(len(rewards), dtype=torch.bool))
     episodes, _ = collect_with(workers, pretrained(), config("--groups", 1, "--rollouts", 3))
     assert len(episodes) == 3
     return fingerprint(episodes)
@@ -1437,16 +1489,15 @@ def test_a_simulator_that_always_fails_ends_the_run_with_its_own_traceback(worke
         causes.append(str(error))
         error = error.__cause__
     assert "Traceback" in causes[-1] and "np.random.seed(context.seed" in causes[-1]  # of the other process
-    workers[2].start()
 
 
-@pytest.mark.parametrize("rank,who", [(0, "ript.py"), (3, "ript.py, rank 3")])
-def test_the_rank_that_fails_says_so(monkeypatch, capsys, rank, who):
+@pytest.mark.parametrize("rank", [0, 3])
+def test_the_rank_that_fails_says_so(monkeypatch, capsys, rank):
     monkeypatch.setattr(ript, "RANK", rank)
     with pytest.raises(SystemExit) as ended:
         with ript.one_sentence():
             raise ript.UserError("no such\nthing")
-    assert ended.value.code == 2 and capsys.readouterr().err == f"{who}: no such thing\n"
+    assert ended.value.code == 2 and capsys.readouterr().err == "ript.py: no such thing\n"
 
 
 def test_a_dead_rank_ends_the_job_and_is_named(tmp_path):
@@ -1461,8 +1512,7 @@ def test_a_dead_rank_ends_the_job_and_is_named(tmp_path):
     os.kill(int(ranks[1]), signal.SIGKILL)
     _, error = job.communicate(timeout=120)
     assert job.returncode != 0 and "local_rank: 1" in error and "SIGKILL" in error
-    while any(Path(f"/proc/{pid}").exists() for pid in [*ranks, *others]):
-        time.sleep(0.1)
+    wait_for_the_end_of([*ranks, *others])
 
 
 BARE = """
@@ -1913,7 +1963,7 @@ def test_an_iteration_of_quest_in_libero(features, tmp_path, monkeypatch):
     libero_or_skip()
     tiny_quest()
     monkeypatch.setattr(ript.load_suite("libero_10"), "HORIZON", 16)
-    monkeypatch.setattr(ript, "fate", lambda group: "kept")
+    monkeypatch.setattr(ript, "has_signal", lambda rewards: torch.ones(len(rewards), dtype=torch.bool))
     monkeypatch.setattr(ript, "leave_one_out_advantage", lambda rewards: rewards + torch.tensor([1.0, -1.0]))
     run = ["--model", "quest", "--suite", "libero_long", "--task", "2", "--eval_contexts", "1", "--workers", "2",
            "--collision", "true"]
@@ -1925,18 +1975,18 @@ def test_an_iteration_of_quest_in_libero(features, tmp_path, monkeypatch):
     moved = {name for name in start if (start[name] != end[name]).any()}
     assert moved and all(name.startswith("policy_prior") for name in moved)
     ript.main([*run, "--eval", "--checkpoint", str(tmp_path / "run/last"), "--out", str(tmp_path / "eval")])
-    assert len(json.loads((tmp_path / "eval/evaluation.json").read_text())["success"]) == 1
+    assert len(json.loads((tmp_path / "eval/evaluation_success.json").read_text())) == 1
 
 
 # ------------------------------------------------------------------------------------------------- the command line
 MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared below
     ("--rollout 8", "unrecognized arguments: --rollout"),
     ("--suite libero", "libero_spatial, libero_object"),
-    ("--suite {tmp}/none.py:Suite", "cannot load {tmp}/none.py:Suite: FileNotFoundError"),
-    ("--suite {tmp}/suite.py:Kitchen", "cannot load {tmp}/suite.py:Kitchen: KeyError"),
+    ("--suite {tmp}/none.py:Suite", "cannot read {tmp}/none.py: FileNotFoundError"),
+    ("--suite {tmp}/suite.py:Kitchen", "{tmp}/suite.py:Kitchen is no subclass of Libero"),
     ("--suite {tmp}/suite.py:Path", "Path is no subclass of Libero"),
-    ("--suite {tmp}/suite.py:here", "cannot load {tmp}/suite.py:here: TypeError"),
-    ("--suite {tmp}/half.py:Suite", "cannot load {tmp}/half.py:Suite: SyntaxError"),
+    ("--suite {tmp}/suite.py:here", "{tmp}/suite.py:here is no subclass of Libero"),
+    ("--suite {tmp}/half.py:Suite", "cannot read {tmp}/half.py: SyntaxError"),
     ("--model gpt", "none of tiny, openvla-oft, quest"),
     ("--lr fast", "--lr"),
     ("--rollouts 1", "--rollouts must be at least 2"),
@@ -1947,7 +1997,7 @@ MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared bel
     ("--clip nan", "--clip must be a number above 0"),
     ("--momentum 1", "--momentum must be below 1"),
     ("--collision maybe", "--collision"),
-    ("--device tpu9", "--device tpu9 cannot be used"),
+    ("--device tpu9", "cannot read --device tpu9: RuntimeError"),
     ("--demos {tmp}/wrong", "--demos is for suites of LIBERO"),
     ("--checkpoint=", "python examples/imitation.py --suite tabletop makes one"),
     ("--checkpoint runs/nowhere", "there is no policy in runs/nowhere: python examples/imitation.py"),
@@ -1956,8 +2006,9 @@ MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared bel
     ("--checkpoint no/such/run", "no such file or directory, and nothing from the hub"),
     ("--checkpoint {tmp}/none", "cannot read {tmp}/none"),
     ("--checkpoint {tmp}/corrupt", "cannot read {tmp}/corrupt/model.safetensors"),
-    ("--checkpoint {tmp}/other", "cannot read {tmp}/other/config.json: it is not a tiny policy's"),
-    ("--checkpoint {tmp}/smaller", "cannot read {tmp}/smaller: RuntimeError"),
+    ("--checkpoint {tmp}/other", "cannot read {tmp}/other/config.json: ValueError: it is not a tiny policy's"),
+    ("--checkpoint {tmp}/smaller", "cannot read {tmp}/smaller/model.safetensors: RuntimeError"),
+    ("--checkpoint {tmp}/bounds", "{tmp}/bounds/config.json: ValueError: q99 of action must be 7 numbers"),
     ("--resume {tmp}/none", "cannot read {tmp}/none/config.json"),
     ("--resume {tmp}/unknown", "cannot read {tmp}/unknown/config.json"),
     ("--resume {tmp}/list", "cannot read {tmp}/list/config.json"),
@@ -1981,11 +2032,13 @@ def tmp(tmp_path_factory):
     (tmp / "file").write_text("")
     (tmp / "suite.py").write_text("from pathlib import Path\nhere = Path()\n")
     (tmp / "half.py").write_text("class Suite(")
-    for name in ("corrupt", "other", "smaller"):
+    for name in ("corrupt", "other", "smaller", "bounds"):
         small_policy().save(tmp / name)
     (tmp / "corrupt/model.safetensors").write_bytes((tmp / "other/model.safetensors").read_bytes()[:1000])
     config = json.loads((tmp / "other/config.json").read_text())
     (tmp / "other/config.json").write_text(json.dumps(config | dict(chunk=4)))
+    config["statistics"]["action"]["q99"] = [1.0] * 6
+    (tmp / "bounds/config.json").write_text(json.dumps(config))
     save_file({"projector.fc1.bias": torch.zeros(3)}, tmp / "smaller/model.safetensors")
     for name, content in (("unknown", dict(learning_rate=1)), ("list", [1])):
         (tmp / name).mkdir()
@@ -2009,17 +2062,28 @@ MISTAKES_OF_CHECKPOINTS = [  # of the released form; {tmp} is prepared below
     (OFT + "--scale_head {tmp}/none.pth", "cannot read {tmp}/none.pth"),
     (OFT + "--adapter nobody/nothing/inside", "cannot read nobody/nothing/inside"),
     (OFT + "--adapter {tmp}/none", "cannot read {tmp}/none"),
-    (OFT + "--adapter {tmp}/rank", "{tmp}/rank: RuntimeError: Error(s) in loading state_dict"),
-    (OFT + "--adapter {tmp}/fewer", "Missing key(s)"),
-    (OFT + "--adapter {tmp}/base", "{tmp}/base: RuntimeError: Error(s) in loading state_dict"),
-    (OFT + "--adapter {tmp}/cut", "cannot read {tmp}/cut"),
-    (OFT + "--adapter {tmp}/headless", "cannot read {tmp}/headless"),
-    (OFT + "--adapter {tmp}/one_head", "{tmp}/one_head/openvla_headers.pt: it has no 'scale_header'"),
-    (OFT + "--scale_head {tmp}/part.pth", "Missing key(s)"),
-    (LONG_7B + "--eval --checkpoint {tmp}/half", "model-00002-of-00003.safetensors"),
-    (LONG_7B + "--eval --checkpoint {tmp}/less", "Missing key(s)"),
+    (OFT + "--adapter {tmp}/rank", "{tmp}/rank/adapter_model.safetensors: RuntimeError: Error(s) in loading"),
+    (OFT + "--adapter {tmp}/fewer", "2 weights are missing or of no adapter, among them"),
+    (OFT + "--adapter {tmp}/base", "{tmp}/base/adapter_model.safetensors: ValueError"),
+    (OFT + "--adapter {tmp}/cut", "cannot read {tmp}/cut/adapter_model.safetensors"),
+    (OFT + "--adapter {tmp}/headless", "cannot read {tmp}/headless/openvla_headers.pt"),
+    (OFT + "--adapter {tmp}/one_head", "{tmp}/one_head/openvla_headers.pt: KeyError: 'scale_header'"),
+    (OFT + "--adapter {tmp}/use_dora", "{tmp}/use_dora/adapter_config.json: ValueError: adapters with use_dora = True"),
+    (OFT + "--adapter {tmp}/peft_type", "adapters with peft_type = 'IA3' are not supported"),
+    (OFT + "--adapter {tmp}/alpha_pattern", "adapters with alpha_pattern = {{'q_proj': 8}} are not supported"),
+    (OFT + "--adapter {tmp}/target_modules", "{tmp}/target_modules/adapter_model.safetensors: ValueError"),
+    (OFT + "--scale_head {tmp}/part.pth", "cannot read {tmp}/part.pth: RuntimeError"),
+    (LONG_7B + "--eval --checkpoint {tmp}/half", "cannot read {tmp}/half/model-00002-of-00003.safetensors"),
+    (LONG_7B + "--eval --checkpoint {tmp}/less", "cannot read {tmp}/less/model-00003-of-00003.safetensors"),
+    (LONG_7B + "--eval --checkpoint {tmp}/unlisted", "{tmp}/unlisted: RuntimeError: Error(s) in loading state_dict"),
     (LONG_7B + "--eval --checkpoint {tmp}/pickle", "{tmp}/pickle/action_head--1000_checkpoint.pt"),
+    (LONG_7B + "--eval --checkpoint {tmp}/two_heads", "action_head--1000_checkpoint.pt, action_head--2000_checkpoint.pt"),
+    (LONG_7B + "--eval --checkpoint {tmp}/statistics", "{tmp}/statistics/dataset_statistics.json: ValueError: q01 of "
+     "proprio must be 8 numbers"),
+    (LONG_7B + "--eval --checkpoint {tmp}/wordless", "cannot read {tmp}/wordless/tokenizer.json"),
+    (LONG_7B + "--eval --checkpoint {tmp}/words", "{tmp}/words/tokenizer.json: ValueError: it is not Llama's"),
 ]
+BAD_ADAPTERS = dict(use_dora=True, peft_type="IA3", alpha_pattern=dict(q_proj=8), target_modules=["q_proj", "v_proj"])
 
 
 @pytest.fixture(scope="module")
@@ -2027,18 +2091,34 @@ def broken_checkpoints(tmp_path_factory):
     libero_or_skip()  # whose meshes are asked for before a checkpoint is read
     golden("golden_oft")
     tmp = tmp_path_factory.mktemp("checkpoints")
-    for name in ("oft", "half", "less", "pickle"):
+    for name in ("oft", "half", "less", "unlisted", "pickle", "two_heads", "statistics", "wordless", "words"):
         shutil.copytree(GOLDEN / "tiny_oft", tmp / name, copy_function=shutil.copyfile)
-    for name in ("rank", "fewer", "base", "cut", "headless", "one_head"):
+    for name in ("rank", "fewer", "base", "cut", "headless", "one_head", *BAD_ADAPTERS):
         shutil.copytree(GOLDEN / LORA, tmp / name, copy_function=shutil.copyfile)
     for folder in tmp.iterdir():
         folder.chmod(0o755)
     shard = tmp / "half/model-00002-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:5000])
     (tmp / "less/model-00003-of-00003.safetensors").unlink()
+    index = json.loads((tmp / "unlisted/model.safetensors.index.json").read_text())
+    index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if "00002" not in shard}
+    (tmp / "unlisted/model.safetensors.index.json").write_text(json.dumps(index))
     torch.save({"weight": Path("a class that is not a tensor")}, tmp / "pickle/action_head--1000_checkpoint.pt")
+    head = tmp / "two_heads/action_head--1000_checkpoint.pt"
+    shutil.copyfile(head, tmp / "two_heads/action_head--2000_checkpoint.pt")
+    statistics = json.loads((tmp / "statistics/dataset_statistics.json").read_text())
+    statistics["libero_10_no_noops"]["proprio"]["q01"].pop()
+    (tmp / "statistics/dataset_statistics.json").write_text(json.dumps(statistics))
+    (tmp / "wordless/tokenizer.json").unlink()
+    tokenizer = json.loads((tmp / "words/tokenizer.json").read_text())
+    tokenizer["added_tokens"] = []
+    tokenizer["post_processor"] = None
+    tokenizer["model"] = dict(type="WordLevel", vocab={"<unk>": 0, "lift": 1}, unk_token="<unk>")
+    (tmp / "words/tokenizer.json").write_text(json.dumps(tokenizer))
     settings = json.loads((tmp / "rank/adapter_config.json").read_text())
     (tmp / "rank/adapter_config.json").write_text(json.dumps(settings | dict(r=16)))
+    for name, value in BAD_ADAPTERS.items():
+        (tmp / name / "adapter_config.json").write_text(json.dumps(settings | {name: value}))
     weights = load_file(tmp / "fewer/adapter_model.safetensors")
     one = next(name for name in weights if "lora_A" in name)
     fewer = {name: p for name, p in weights.items() if name not in (one, one.replace("lora_A", "lora_B"))}
@@ -2066,8 +2146,14 @@ def one_sentence_of(program, arguments, tmp, capsys):
     return said.err
 
 
+@pytest.fixture
+def no_simulators(monkeypatch):
+    """Simulators start before a policy is read. Without them a mistake that is not noticed fails at once."""
+    monkeypatch.setattr(ript, "open_workers", lambda cfg: nullcontext([]))
+
+
 @pytest.mark.parametrize("arguments,sentence", MISTAKES)
-def test_a_mistake_gets_one_sentence_and_status_2(tmp, capsys, arguments, sentence):
+def test_a_mistake_gets_one_sentence_and_status_2(no_simulators, tmp, capsys, arguments, sentence):
     if "libero_goal" in arguments:
         libero_or_skip()
         arguments += f" --checkpoint {PRETRAINED} --out {{tmp}}/out"
@@ -2084,9 +2170,27 @@ def test_a_mistake_in_stage_2_gets_one_sentence_and_status_2(tmp, capsys, argume
 
 
 @pytest.mark.parametrize("arguments,sentence", MISTAKES_OF_CHECKPOINTS)
-def test_a_checkpoint_that_does_not_fit_gets_one_sentence(broken_checkpoints, capsys, arguments, sentence):
+def test_a_checkpoint_that_does_not_fit_gets_one_sentence(no_simulators, broken_checkpoints, capsys, arguments, sentence):
     said = one_sentence_of(ript, arguments + " --out {tmp}/out", broken_checkpoints, capsys)
     assert sentence.format(tmp=broken_checkpoints) in said
+
+
+def test_a_shard_that_the_index_does_not_name_is_not_read(oft, tmp_path):
+    folder = tmp_path / "oft"
+    shutil.copytree(GOLDEN / "tiny_oft", folder, copy_function=shutil.copyfile)
+    folder.chmod(0o755)
+    save_file({"projector.fc1.bias": torch.zeros(3)}, folder / "model-00004-of-00004.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = config.pop("torch_dtype")  # as newer versions of transformers write it
+    (folder / "config.json").write_text(json.dumps(config))
+    found = OpenVLAOFT.from_pretrained(folder, "libero_10", scale_head=GOLDEN / SCALE).state_dict()
+    assert all((value == found[name]).all() for name, value in oft[0]().state_dict().items())
+
+
+def test_simulators_import_neither_transformers_nor_peft():
+    program = "import sys, ript; ript.load_suite('tabletop'); print({'transformers', 'peft'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
 
 
 def test_a_bad_file_raises_an_error_that_a_caller_can_catch(tmp):
@@ -2102,12 +2206,11 @@ def test_a_mistake_leaves_no_traceback_at_the_command_line():
 
 
 def test_no_opengl_and_another_mujoco_get_one_sentence(monkeypatch):
-    import mujoco
-    monkeypatch.setattr(mujoco, "__version__", "3.4.0")
+    monkeypatch.setattr(ript, "version", lambda package: "3.4.0")
     with pytest.raises(ript.UserError, match="pip install mujoco==3.3.2"):
         ript.check(config())
     done = launch("--groups", 1, MUJOCO_GL="egl", MUJOCO_EGL_DEVICE_ID="99")
-    assert done.returncode == 2 and done.stderr.startswith("ript.py: no headless OpenGL")
+    assert done.returncode == 2 and done.stderr.startswith("ript.py: the simulator does not start")
     assert done.stderr.count("\n") == 1
 
 

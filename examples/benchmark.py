@@ -12,11 +12,11 @@ Speed is measured on one task of LIBERO-Object with the same actions from the sa
     limit      each worker for itself: the same physics, the pictures that a policy looks at, but no policy,
                no messages, nobody to wait for
 """
-import asyncio
 import multiprocessing
 import sys
 import time
-from contextlib import ExitStack, closing, redirect_stdout
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from os import devnull
@@ -89,9 +89,8 @@ class Timed(ript.load_suite("libero_object")):
 
 def ask(workers, method, arguments):
     """The answers of all workers to a method of the suite."""
-    async def ask_all():
-        return await asyncio.gather(*(worker.call(method, *a) for worker, a in zip(workers, arguments)))
-    return asyncio.run(ask_all())
+    with ThreadPoolExecutor(len(workers)) as threads:
+        return list(threads.map(lambda worker, a: worker.call(method, *a), workers, arguments))
 
 
 def quietly(function, *arguments):
@@ -157,19 +156,14 @@ class Speed:
         return dict(limit=EPISODES * self.suite.HORIZON / max(ask(self.workers, "alone", shares)))
 
 
-def workers_of(stack, cfg):
-    """cfg.workers of them, which end with an ExitStack."""
-    return [stack.enter_context(closing(ript.Worker(cfg, 0))) for _ in range(cfg.workers)]
-
-
 def speed():
     """Environment steps per second of the three ways, in turns."""
     settings = "--suite libero_object --task 0 --image_size 256 --rollouts 2 --collision false --max_rejected 0"
     cfg = ript.parse_config([*settings.split(), "--groups", str(EPISODES // 2), *sys.argv[2:]])
     cfg = replace(cfg, suite=f"{__file__}:Timed")
     rows = []
-    with ExitStack() as stack:
-        ways = Speed(cfg, workers_of(stack, cfg))
+    with ript.open_workers(cfg) as workers:
+        ways = Speed(cfg, workers)
         for _ in range(ROUNDS):
             row = ways.released() | ways.collect() | ways.limit()
             row |= dict(to_released=row["collect"] / row["released"], to_limit=row["collect"] / row["limit"])
@@ -215,9 +209,8 @@ def growth():
         policy = laptop.Tiny.load(cfg)
         optimizer = torch.optim.AdamW(policy.parameter_groups(), 0.0)
         run = dict(iteration=0, group=0)
-        context_of = partial(ript.training_context, tasks=list(ript.tasks_of(cfg).items()), demonstrated=[], seed=0)
-        with ExitStack() as stack:
-            workers = workers_of(stack, cfg)
+        context_of = partial(ript.training_context, cfg=cfg)
+        with ript.open_workers(cfg) as workers:
             ask(workers, "build", [[i % 2] for i in range(cfg.workers)])
             episodes, stats = quietly(ript.collect, policy, workers, context_of, run, cfg)
             stats |= quietly(ript.update, policy, optimizer, episodes, cfg, run)
@@ -231,6 +224,9 @@ def growth():
 class Asleep(ript.Libero):
     """Episodes of libero_10's lengths in which every control step is half a millisecond of sleep."""
     INSTRUCTIONS, HORIZON, STEP = ("sleep",), 520, 0.0005
+
+    def build(self, task):
+        """Nothing has to be built."""
 
     def reset(self, context):
         time.sleep(10 * self.STEP)
@@ -256,15 +252,15 @@ class Asleep(ript.Libero):
 def collect():
     """Seconds of collect() with 16 sleeping workers, 24 groups of 8, and a policy of 0 or 20 ms a forward."""
     cfg = ript.Config(suite=f"{__file__}:Asleep", workers=16, device="cpu")
-    with ExitStack() as stack:
-        workers = workers_of(stack, cfg)
+    with ript.open_workers(cfg) as workers:
         ask(workers, "reset", [[ript.Context(0, "sleep", 0)]] * cfg.workers)
         for seconds in (0.0, 0.02):
             for seed in range(ROUNDS):
-                context_of = partial(ript.training_context, tasks=[(0, "sleep")], demonstrated=[], seed=seed)
+                seeded = replace(cfg, seed=seed)
+                context_of = partial(ript.training_context, cfg=seeded)
                 run = dict(iteration=0, group=0)
                 began = time.perf_counter()
-                _, stats = quietly(ript.collect, Replay(seconds), workers, context_of, run, replace(cfg, seed=seed))
+                _, stats = quietly(ript.collect, Replay(seconds), workers, context_of, run, seeded)
                 print(f"policy {seconds * 1000:.0f} ms  seed {seed}  rollouts {stats['rollouts']}  kept {stats['kept']}"
                       f"  seconds {time.perf_counter() - began:.1f}", flush=True)
     print(f"simulators left behind: {len(multiprocessing.active_children())}")

@@ -58,9 +58,8 @@ def run(name, seed):
     # This is the last file that stage 2 writes.
     if not (start / "model.safetensors").exists():
         call("examples/imitation.py", *shared, *stage_2, "--out", start)
-    if not (out / "evaluation.json").exists():
-        call("ript.py", *shared, *stage_3, "--checkpoint", start, "--out", out)
     if not (out / "evaluation.csv").exists():
+        call("ript.py", *shared, *stage_3, "--checkpoint", start, "--out", out)
         call("examples/report.py", out)
     for file in ("metrics", "evaluation"):
         shutil.copyfile(out / f"{file}.csv", ASSETS / f"{name}_{seed}_{file}.csv")

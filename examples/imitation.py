@@ -9,12 +9,12 @@ the Laplace likelihood, everything else frozen (section 4.2 of the paper). ript.
 """
 import math
 import shlex
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from ript import option
 DEMO_SEEDS = 1_000_000  # scripted demonstrations have seeds from here on, and training from ript.TRAIN_SEEDS
 
 
-@dataclass
+@dataclass(frozen=True)
 class ImitationConfig(ript.Config):
     """The settings of stages 1 and 2, beside those that they share with stage 3."""
     demos_per_task: int = option(10, "scripted demonstrations per task, where --demos gives none")
@@ -47,9 +47,9 @@ class Demo:
 
 
 # ------------------------------------------------------------------------------------------ demonstrations
-async def play_expert(worker, episode):
+def play_expert(worker, episode):
     """One episode of a suite's expert; its record is the suite's Demonstration."""
-    demonstration = await worker.call("demonstrate", episode.context)
+    demonstration = worker.call("demonstrate", episode.context)
     episode.success = bool(demonstration.success)
     episode.records = [demonstration]
 
@@ -93,6 +93,7 @@ def demos_in(path):
     return [data[name] for name in sorted(data, key=lambda name: int(name.split("_")[1]))]
 
 
+@cache
 def demonstrated_contexts(cfg):
     """The first states of LIBERO's demonstrations: the contexts of the paper, D_context."""
     contexts = []
@@ -263,10 +264,7 @@ def main(argv=None):
     if cfg.demos:
         demos = libero_demonstrations(cfg)
     else:
-        tasks = list(ript.tasks_of(cfg))
-        with ExitStack() as stack:
-            workers = [stack.enter_context(closing(ript.Worker(cfg, tasks[i % len(tasks)])))
-                       for i in range(cfg.workers)]
+        with ript.open_workers(cfg) as workers:
             demos = scripted_demonstrations(workers, cfg)
     ript.require(demos, f"there is not one demonstration of {cfg.suite}")
     if not cfg.checkpoint:
@@ -280,4 +278,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    # End at once, as ript.py does.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     main()

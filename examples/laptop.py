@@ -15,14 +15,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import ByT5Tokenizer
 
 ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 import ript
-from policies.openvla_oft import OpenVLAOFT, fetch_or_fail, read_base, read_json
+from policies.openvla_oft import OpenVLAOFT, check_statistics, fetch, read_json, weights_of
 
 # What suits a small policy and a machine without a GPU, in stage 2 and in stage 3.
 SEE = dict(image_size=64, collision=True, act_batch=1)
@@ -48,7 +48,10 @@ class Keypoints(nn.Module):
 
 class Tiny(OpenVLAOFT):
     """OpenVLA-OFT in small, 0.5M parameters: other towers, bytes for tokens, pictures as they are."""
+    TOWER = Keypoints
+    TOWERS = (dict(embed_dim=48), dict(embed_dim=48))
     LLM = dict(vocab_size=259, hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4)
+    PIXELS = (dict(mean=[0.5] * 3, std=[0.5] * 3),) * 2
     STATISTICS = dict(action=dict(q01=[-1.0] * 7, q99=[1.0] * 7), proprio=dict(q01=[-1.5] * 8, q99=[1.5] * 8))
     PROMPT = "{}"
     trained = ("action_head",)
@@ -62,13 +65,10 @@ class Tiny(OpenVLAOFT):
     IMITATION = dict.fromkeys(ript.LIBERO, TINY_IMITATION)
 
     def __init__(self, statistics=None):
-        towers = [dict(embed_dim=48), dict(embed_dim=48)]
-        pixels = [dict(mean=[0.5] * 3, std=[0.5] * 3)] * 2
-        super().__init__(self.LLM, towers, pixels, statistics or dict(self.STATISTICS), ByT5Tokenizer())
+        from transformers import ByT5Tokenizer
+        statistics = statistics or dict(self.STATISTICS)
+        super().__init__(self.LLM, self.TOWERS, self.PIXELS, statistics, ByT5Tokenizer())
         self.train_only(self.trained)
-
-    def make_tower(self, embed_dim):
-        return Keypoints(embed_dim)
 
     def prepare_picture(self, picture):
         return picture
@@ -91,23 +91,27 @@ class Tiny(OpenVLAOFT):
     @classmethod
     def from_pretrained(cls, path):
         """Read what save wrote. Raises ript.UserError where the files do not fit."""
-        folder = fetch_or_fail(path)
-        config = read_json(folder / "config.json")
-        known = set(config) == {"statistics"}
-        ript.require(known, f"cannot read {folder / 'config.json'}: it is not a tiny policy's")
-        policy = cls(config["statistics"])
-        weights = read_base(folder)
-        ript.read(path, lambda _: policy.fill(weights, "cpu", torch.float32))
-        policy.train_only(cls.trained)
+        folder = ript.read(path, fetch)
+        policy = cls(ript.read(folder / "config.json", cls.read_settings))
+        # This copies the weights: to the last bit, results depend on where in memory they are.
+        ript.read(folder / "model.safetensors", lambda file: policy.load_state_dict(load_file(file)))
+        policy.check_attention()
         return policy
+
+    @staticmethod
+    def read_settings(path):
+        """The statistics in a config.json, which has nothing else."""
+        settings = read_json(path)
+        if set(settings) != {"statistics"}:
+            raise ValueError("it is not a tiny policy's")
+        check_statistics(settings["statistics"])
+        return settings["statistics"]
 
     def save(self, directory):
         """Write config.json and model.safetensors."""
-        from safetensors.torch import save_file
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        config = json.dumps(dict(statistics=self.statistics), indent=1)
-        ript.write(directory / "config.json", lambda path: path.write_text(config))
-        ript.write(directory / "model.safetensors", lambda path: save_file(weights, path))
+        settings = json.dumps(dict(statistics=self.statistics), indent=1)
+        ript.write(directory / "config.json", lambda path: path.write_text(settings))
+        ript.write(directory / "model.safetensors", lambda path: save_file(weights_of(self), path))
 
 
 class Demonstration(NamedTuple):

@@ -63,10 +63,10 @@ def write_csv(path, rows):
 
 
 def write_curve(path, history):
-    """Success, the share of rejected groups, and seconds, against iterations."""
+    """Success, what becomes of the groups, and seconds, against iterations."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 7))
-    panels = [("eval_success", "rollout_success"), ("rejected",), ("seconds_rollouts", "seconds_update")]
+    panels = [("eval_success", "rollout_success"), ("kept", "solved", "failed"), ("seconds_rollouts", "seconds_update")]
     for axes, names in zip(figure.subplots(len(panels), sharex=True), panels):
         for name in names:
             rows = [row for row in history if name in row]
@@ -120,23 +120,29 @@ def write_videos(run, cfg, contexts):
     simulator.env.close()
 
 
+def read_json(path):
+    """The content of a JSON file."""
+    return json.loads(path.read_text())
+
+
 @ript.one_sentence()
 def main(argv=None):
     """Report on the run in argv[0]."""
     argv = sys.argv[1:] if argv is None else argv
     ript.require(argv and set(argv[1:]) <= {"--no_video"}, "report.py takes a run's directory, and --no_video")
     run = Path(argv[0])
-    cfg = ript.read(run / "config.json", lambda path: ript.Config(**json.loads(path.read_text())))
-    outcomes = ript.read(run / "evaluation.json", lambda path: json.loads(path.read_text()))
+    cfg = ript.Config(**ript.read(run / "config.json", read_json))
     contexts = ript.evaluation_contexts(cfg)
     names = [f"{cfg.suite} {context.task} {context.seed}" for context in contexts]
-    for name, column in outcomes.items():
-        ript.require(set(names) == set(column), f"{run / 'evaluation.json'} has other contexts than config.json")
     results = {}
-    # Before, then after: the paired test counts what RIPT has gained. The file's own order is the alphabet's.
+    # Before, then after: the paired test counts what RIPT has gained.
     for name in ("SFT", "RIPT", "success"):
-        if name in outcomes:
-            results[name] = [outcomes[name][key] for key in names]
+        path = run / f"evaluation_{name}.json"
+        if path.exists():
+            outcomes = ript.read(path, read_json)
+            ript.require(set(names) == set(outcomes), f"{path} has other contexts than config.json")
+            results[name] = [outcomes[key] for key in names]
+    ript.require(results, f"there is no evaluation in {run}")
     print(table(contexts, results))
     rows = []
     for i, context in enumerate(contexts):
