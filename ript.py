@@ -25,7 +25,6 @@ episodes, H action steps per query, S action steps per episode, A action dimensi
 """
 import os
 import sys
-
 # MuJoCo, OpenMP and LIBERO read these when they are imported. macOS has an OpenGL of its own.
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")
@@ -260,9 +259,7 @@ class Actor:
 
 def collect(policy, workers, context_of, run, cfg):
     """Algorithm 1, lines 4-14: -> the kept episodes of this process's share, K after K, and statistics.
-
-    context_of(number) is the context of a group; run["group"], the next number, advances.
-    """
+    context_of(number) is the context of a group; run["group"], the next number, advances."""
     began = time.time()
     groups, queue, ended = {}, deque(), Counter()
 
@@ -472,13 +469,11 @@ class Libero:
         from libero.libero.envs.env_wrapper import ControlEnv
         bddl_file = self.BENCHMARK.get_task_bddl_file_path(task)
         self.env = ControlEnv(bddl_file_name=bddl_file, **self.ROBOT).env
-        # robosuite computes every observable 25 times in a control step. look() asks for them once.
-        observe = self.env._update_observables
-        self.env._update_observables = lambda force=False: force and observe(force=True)
         self.task = task
 
     def reset(self, context) -> Answer:
         """Seed, reset, set the state and let things settle."""
+        from examples.control_step import control_step
         # In this order at every episode: LIBERO's fixtures are placed by the seed and are no part of the
         # state, and all K rollouts of a group must share their scene, or their baseline is wrong.
         self.build(context.task)
@@ -492,13 +487,15 @@ class Libero:
             self.env.sim.data.qpos[joints] += np.random.normal(0, 0.02, len(joints))
         self.env.sim.forward()
         for _ in range(10):
-            self.env.step(np.array([0, 0, 0, 0, 0, 0, -1.0]))
+            control_step(self.env, np.array([0, 0, 0, 0, 0, 0, -1.0]))
         return Answer(0, False, self.look())
 
     def step(self, actions) -> Answer:
         """Run actions (H, 7), one after another, until success."""
+        # It is self.env.step(action) with one pass in each of 25 physics steps, where robosuite makes three.
+        from examples.control_step import control_step
         for ran, action in enumerate(actions, 1):
-            self.env.step(action)
+            control_step(self.env, action)
             if self.success():
                 return Answer(ran, True, None)
         return Answer(len(actions), False, self.look())
@@ -833,8 +830,7 @@ def main(argv=None):
         write(out / "config.json", lambda path: path.write_text(json.dumps(asdict(cfg), indent=1)))
         if cfg.eval:
             return evaluate(policy, workers, held_out, cfg, "success")
-        run = dict(iteration=0, group=0, best=-1.0, history=[])
-        stats = {}
+        run, stats = dict(iteration=0, group=0, best=-1.0, history=[]), {}
         # A run that was stopped before it wrote run.pt starts again.
         if cfg.resume and (out / "run.pt").exists():
             run = read(out / "run.pt", partial(load_run, policy=policy, optimizer=optimizer))
