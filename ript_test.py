@@ -720,6 +720,130 @@ def test_pictures_are_drawn_once_for_a_chunk(simulator, monkeypatch):
     assert answer.observation["agentview_image"].shape == (64, 64, 3)
 
 
+def shaken(simulator, step, number=40):
+    """Positions of all joints after each of some random actions from one scene, by a way to step."""
+    simulator.reset(Context(0, TASKS[0], 7))
+    generator = np.random.default_rng(0)
+    positions = []
+    for _ in range(number):
+        step(simulator.env, generator.uniform(-1, 1, 7))
+        positions.append(simulator.env.sim.data.qpos.copy())
+    return np.array(positions)
+
+
+def robosuite_step(env, action):
+    env.step(action)
+
+
+def test_a_control_step_gives_the_states_of_robosuites_own(simulator):
+    theirs = shaken(simulator, robosuite_step)
+    ours = shaken(simulator, control_step.control_step)
+    assert np.abs(ours - theirs).max() < 1e-6 < np.abs(ours[-1] - ours[0]).max()
+
+
+def test_the_torques_are_those_of_robosuites_controller(simulator, monkeypatch):
+    torques = control_step.compiled_torques()
+    differences = []
+
+    def compared(*arguments):
+        ours = torques(*arguments)
+        controller = simulator.env.robots[0].controller  # another one after each reset
+        controller.update(force=True)
+        differences.append(np.abs(ours - controller.run_controller()).max())
+        return ours
+
+    monkeypatch.setattr(control_step, "compiled_torques", lambda: compared)
+    shaken(simulator, control_step.control_step, 20)
+    # After a reset the first step is robosuite's own.
+    assert len(differences) == 19 * 25 and max(differences) < 1e-6  # newton metres, of 300
+
+
+def test_with_all_of_robosuites_passes_a_control_step_is_robosuites_to_the_bit(simulator, monkeypatch):
+    import mujoco
+    # Three passes: one before the controller, which makes the second, and that of mj_step.
+    forward, step = mujoco.mj_forward, mujoco.mj_step
+
+    def with_every_pass(env, action):
+        robot = env.robots[0]
+        controller = robot.controller
+        calls = []
+
+        def own_controller(*_):
+            controller.new_update = bool(calls)  # set_goal has just brought it up to date
+            calls.append(1)
+            return np.clip(controller.run_controller(), *robot.torque_limits)
+
+        if controller.new_update:
+            env.sim.forward()
+        with monkeypatch.context() as patch:
+            patch.setattr(mujoco, "mj_step1", forward)
+            patch.setattr(mujoco, "mj_step2", step)
+            patch.setattr(control_step, "compiled_torques", lambda: own_controller)
+            control_step.control_step(env, action)
+
+    assert (shaken(simulator, with_every_pass) == shaken(simulator, robosuite_step)).all()
+
+
+def successes(simulator, contexts, step, monkeypatch):
+    """At which steps an expert's episodes end, and whether with success, by a way to step."""
+    with monkeypatch.context() as patch:
+        patch.setattr(control_step, "control_step", step)
+        demonstrations = [simulator.demonstrate(context) for context in contexts]
+    return [(demonstration.success, len(demonstration.actions)) for demonstration in demonstrations]
+
+
+def test_experts_succeed_at_the_same_steps_as_with_robosuites_control_step(simulator, monkeypatch):
+    contexts = [Context(task, TASKS[task], seed) for task in (0, 1) for seed in range(3)]
+    ours = successes(simulator, contexts, control_step.control_step, monkeypatch)
+    assert ours == successes(simulator, contexts, robosuite_step, monkeypatch)
+    assert sum(success for success, _ in ours) >= 5
+
+
+def test_the_expert_of_libero_object_succeeds_at_the_same_step_as_with_robosuites(monkeypatch):
+    libero_or_skip()
+    simulator = load_suite("libero_object")(64, True)
+    contexts = [Context(0, "", 0, load_suite("libero_object").held_out(0, 1)[0])]
+    ours = successes(simulator, contexts, control_step.control_step, monkeypatch)
+    assert ours == successes(simulator, contexts, robosuite_step, monkeypatch) and ours[0][0]
+    simulator.env.close()
+
+
+def test_a_stove_turns_on_and_a_drawer_closes_as_with_robosuites_control_step(monkeypatch):
+    libero_or_skip()
+    simulator = load_suite("libero_goal")(64, True)
+    seen = []
+    for step in (robosuite_step, control_step.control_step):
+        monkeypatch.setattr(control_step, "control_step", step)
+        simulator.reset(Context(7, "", 0, load_suite("libero_goal").held_out(7, 1)[0]))  # turn on the stove
+        data = simulator.env.sim.data
+        answers = []
+        for angle in (0.0, 0.8, 0.0):
+            data.set_joint_qpos("flat_stove_1_button", angle)
+            data.set_joint_qpos("wooden_cabinet_1_top_level", -0.1 * angle)
+            answers.append(simulator.step(np.zeros((2, 7))).success)
+        seen.append((answers, data.qpos.copy()))
+    simulator.env.close()
+    assert seen[0][0] == seen[1][0] == [False, True, False]
+    assert np.abs(seen[0][1] - seen[1][1]).max() < 1e-4
+
+
+@pytest.mark.parametrize("change", [dict(type="JOINT_POSITION"), dict(interpolation="linear")])
+def test_an_environment_with_another_controller_keeps_robosuites_control_step(monkeypatch, change):
+    import robosuite
+    name = change.get("type", "OSC_POSE")
+    controller = robosuite.load_controller_config(default_controller=name) | change
+    env = robosuite.make("Lift", robots="Panda", controller_configs=controller, has_renderer=False,
+                         has_offscreen_renderer=False, use_camera_obs=False)
+    env.reset()
+    asked = []
+    step = env.step
+    monkeypatch.setattr(env, "step", lambda action: asked.append(action) or step(action))
+    for _ in range(3):
+        control_step.control_step(env, np.zeros(env.action_dim))
+    assert len(asked) == 3
+    env.close()
+
+
 NUDGE = """
 import ript
 
