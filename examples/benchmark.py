@@ -8,9 +8,10 @@ Speed is measured on one task of LIBERO-Object with the same actions from the sa
 
     released   LIBERO's SubprocVectorEnv of OffScreenRenderEnv: two pictures of 256x256 pixels at every step,
                a hard reset for each episode, in lock step
+    robosuite  each worker for itself, with robosuite's own control step and the pictures that a policy looks at
     collect    ript.collect, with pictures of the same kind when the policy looks
-    limit      each worker for itself: the same physics, the pictures that a policy looks at, but no policy,
-               no messages, nobody to wait for
+    limit      each worker for itself, as ript steps: no policy, no messages, nobody to wait for
+    physics    each worker for itself: mj_step with the same torques, and the pictures, and nothing else
 """
 import multiprocessing
 import sys
@@ -28,7 +29,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import ript
-from examples import laptop, report
+from examples import control_step, laptop, report
 
 ASSETS = Path(__file__).parents[1] / "assets/evidence"
 PRETRAINED = Path(__file__).parents[1] / "assets/tabletop"
@@ -86,6 +87,44 @@ class Timed(ript.load_suite("libero_object")):
                 self.step(actions)
         return time.perf_counter() - began
 
+    def robosuite(self, episodes):
+        """The same with robosuite's own control step."""
+        ours = control_step.control_step
+        control_step.control_step = lambda env, action: env.step(action)
+        seconds = self.alone(episodes)
+        control_step.control_step = ours
+        return seconds
+
+    def physics(self, episodes):
+        """The same torques once more, with nothing but mj_step and the pictures: -> seconds."""
+        import mujoco
+        step = mujoco.mj_step2
+        torques = []
+
+        def recorded(model, data):
+            torques.append(data.ctrl.copy())
+            step(model, data)
+
+        seconds = 0.0
+        for context, chunks in episodes:
+            mujoco.mj_step2 = recorded
+            self.reset(context)
+            torques.clear()
+            for actions in chunks:
+                self.step(actions)
+            mujoco.mj_step2 = step
+            self.reset(context)
+            model = self.env.sim.model._model
+            data = self.env.sim.data._data
+            began = time.perf_counter()
+            for place in range(0, len(torques), 8 * 25):
+                for torque in torques[place:place + 8 * 25]:
+                    data.ctrl[:] = torque
+                    mujoco.mj_step(model, data)
+                self.look()
+            seconds += time.perf_counter() - began
+        return seconds
+
 
 def ask(workers, method, arguments):
     """The answers of all workers to a method of the suite."""
@@ -100,7 +139,7 @@ def quietly(function, *arguments):
 
 
 class Speed:
-    """The three ways, on the same episodes."""
+    """The five ways, on the same episodes."""
     def __init__(self, cfg, workers):
         suite = ript.load_suite("libero_object")
         self.cfg = cfg
@@ -147,17 +186,18 @@ class Speed:
         idle = 1 - sum(ask(self.workers, "busy", [[]] * number)) / number / seconds
         return dict(collect=stats["env_steps"] / seconds, idle=idle)
 
-    def limit(self):
+    def alone(self, method):
+        """Steps per second of workers that wait for nobody, by a method of Timed."""
         number = len(self.workers)
         ask(self.workers, "build", [[0]] * number)
         shares = []
         for i in range(number):
             shares.append([[(self.contexts[group], self.chunks(group, k)) for group, k in self.numbers[i::number]]])
-        return dict(limit=EPISODES * self.suite.HORIZON / max(ask(self.workers, "alone", shares)))
+        return EPISODES * self.suite.HORIZON / max(ask(self.workers, method, shares))
 
 
 def speed():
-    """Environment steps per second of the three ways, in turns."""
+    """Environment steps per second of the five ways, in turns."""
     settings = "--suite libero_object --task 0 --image_size 256 --rollouts 2 --collision false --max_rejected 0"
     cfg = ript.parse_config([*settings.split(), "--groups", str(EPISODES // 2), *sys.argv[2:]])
     cfg = replace(cfg, suite=f"{__file__}:Timed")
@@ -165,8 +205,10 @@ def speed():
     with ript.open_workers(cfg) as workers:
         ways = Speed(cfg, workers)
         for _ in range(ROUNDS):
-            row = ways.released() | ways.collect() | ways.limit()
-            row |= dict(to_released=row["collect"] / row["released"], to_limit=row["collect"] / row["limit"])
+            row = ways.released() | ways.collect()
+            row |= dict(robosuite=ways.alone("robosuite"), limit=ways.alone("alone"), physics=ways.alone("physics"))
+            for other in ("released", "robosuite", "limit", "physics"):
+                row[f"to_{other}"] = row["collect"] / row[other]
             print("  ".join(f"{name} {value:.3g}" for name, value in row.items()), flush=True)
             rows.append(row)
     report.write_csv(ASSETS / "speed.csv", rows)
