@@ -9,6 +9,7 @@ Stack, which comes with pip); the third is LIBERO-Object. All three have a scrip
     bash run_libero.sh                                        the arm is worn by now: stages 2 and 3
 """
 import json
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+# Software OpenGL draws in the simulator's own thread. Others would take the cores of other simulators.
+os.environ.setdefault("LP_NUM_THREADS", "0")
 
 ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
