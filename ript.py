@@ -25,14 +25,10 @@ episodes, H action steps per query, S action steps per episode, A action dimensi
 """
 import os
 import sys
-# MuJoCo, OpenMP and LIBERO read these when they are imported. macOS has an OpenGL of its own.
-if sys.platform == "linux":
-    os.environ.setdefault("MUJOCO_GL", "egl")
+# OpenMP reads it when torch is imported. Threads that wait would take the simulators' cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("LIBERO_CONFIG_PATH", f"{sys.prefix}/.libero")
 
 import json
-import logging
 import math
 import multiprocessing
 import pkgutil
@@ -48,7 +44,6 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import cache, partial
-from importlib.metadata import version
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Literal, NamedTuple, Optional
@@ -69,6 +64,8 @@ SUITES = dict.fromkeys(LIBERO, "examples.laptop:Laptop") | dict(
     libero_object="examples.laptop:LiberoObject", tabletop="examples.laptop:Tabletop",
     tabletop_pretrain="examples.laptop:TabletopPretrain")
 ALIASES = dict(libero_long="libero_10")
+# What --resume may change, because no result depends on it.
+CHANGEABLE = "resume", "iterations", "workers", "device", "eval_every", "micro_batch"
 TRAIN_SEEDS = 10_000_000  # training contexts have seeds from here on, and evaluation has 0, 1, 2, ...
 # The number of this process, of all processes, and of those on this machine, as torchrun sets them.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -140,12 +137,18 @@ def parse_config(argv, settings=Config, stage="PRESET"):
     names = [name.split(":")[-1] for name in (given.model, suite) if name != "tiny"]
     ending = "_sft" if stage == "IMITATION" else "_eval" if given.eval else ""
     parser.set_defaults(out="runs/" + "_".join(names) + ending, **preset)
-    # A run that goes on has its own settings for defaults.
+    saved = {}
+    # With --resume the run's own settings are the defaults.
     if given.resume:
-        saved = read(Path(given.resume) / "config.json", lambda p: settings(**json.loads(p.read_text())))
-        parser.set_defaults(**vars(saved))
+        saved = read(Path(given.resume) / "config.json", lambda p: vars(settings(**json.loads(p.read_text()))))
+        parser.set_defaults(**saved)
     cfg = settings(**vars(parser.parse_args(argv)))
-    return replace(cfg, suite=ALIASES.get(cfg.suite, cfg.suite), out=cfg.resume or cfg.out)
+    cfg = replace(cfg, suite=ALIASES.get(cfg.suite, cfg.suite))
+    # A run that goes on stays what it is.
+    for name, value in saved.items():
+        same = name in CHANGEABLE or getattr(cfg, name) == value
+        require(same, f"--resume goes on with the run's own settings, of which --{name} is {value}")
+    return replace(cfg, out=cfg.resume or cfg.out)
 
 # --------------------------------------------------------------------------------------- 2. The algorithm
 def leave_one_out_advantage(rewards):
@@ -402,10 +405,8 @@ class LaplacePolicy(nn.Module):
         """An action chunk for each of B observations, drawn with its numpy Generator or, for None, the mean:
         -> B records: "actions" (H, A) for the environment, what log_prob needs, and "scale", the mean b."""
         mean, log_scale = self.density(observations, instructions)
-        noise = np.zeros(mean.shape)
-        for b, generator in enumerate(generators):
-            if generator is not None:
-                noise[b] = generator.laplace(size=mean.shape[1:])
+        size = mean.shape[1:]
+        noise = np.stack([np.zeros(size) if g is None else g.laplace(size=size) for g in generators])
         sample = mean + log_scale.exp() * torch.as_tensor(noise).to(mean)  # B H A
         log_prob = laplace_log_prob(sample, mean, log_scale)  # B H
         actions = self.to_env_actions(sample)
@@ -458,7 +459,9 @@ class Libero:
     @classmethod
     def held_out(cls, task, number):
         """Simulator states of a task's held-out contexts; None where their seeds, 0, 1, ..., are enough."""
-        return cls.BENCHMARK.get_task_init_states(task)[:number]
+        states = cls.BENCHMARK.get_task_init_states(task)
+        require(number <= len(states), f"--eval_contexts must be at most {len(states)}, got {number}")
+        return states[:number]
 
     def build(self, task):
         """Make the task's environment, unless it is there."""
@@ -553,8 +556,8 @@ def tasks_of(cfg) -> dict[int, str]:
 
 def serve(pipe, suite, image_size, collision):
     """A simulator's process: answers the trainer's calls until the trainer is gone, even if it was killed."""
-    logging.disable(logging.WARNING)  # robosuite has remarks about its macros
-    sys.unraisablehook = lambda error: None  # and its destructors complain where a constructor has failed
+    from examples.headless import begin
+    begin()
     simulator = None
     with suppress(EOFError, OSError):
         while True:
@@ -663,12 +666,8 @@ def simulate(play, workers, queue):
 # ---------------------------------------------------------------------- 5. Ranks, evaluation, files and main
 def join(device):
     """Make the processes that torchrun started one group: NCCL on GPUs, gloo on CPUs."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
-        # Each process has a GPU, which draws the pictures of its simulators too.
-        torch.cuda.set_device(local)
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", visible.split(",")[local] if visible else str(local))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if WORLD > 1:
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # rank 0 speaks for all
         # When a process dies, torchrun ends those of its machine; those of other machines wait for an hour.
@@ -793,16 +792,17 @@ def check(cfg):
                  eval_every=0, momentum=0, sft_steps=0, scale_steps=0)
     for name, value in vars(cfg).items():
         if name in least:
-            require(value >= least[name], f"--{name} must be at least {least[name]}, got {value}")
+            fits = least[name] <= value < 2 ** 31
+            require(fits, f"--{name} must be at least {least[name]} and below 2 ** 31, got {value}")
         elif type(value) in (int, float):
             require(0 < value < math.inf, f"--{name} must be a number above 0, got {value}")
+    taken = not cfg.resume and (Path(cfg.out) / "run.pt").exists()
+    require(not taken, f"{cfg.out} has a run: go on with --resume {cfg.out}, or choose another --out")
     require(cfg.momentum < 1, f"--momentum must be below 1, got {cfg.momentum}")
     require(cfg.groups % WORLD == 0, f"--groups must be a multiple of the {WORLD} processes")
     require(not cfg.demos or cfg.suite in LIBERO, f"--demos is for suites of LIBERO, {cfg.suite} is none")
     training_context(0, cfg)
     read(f"--device {cfg.device}", lambda _: torch.empty(0, device=cfg.device))
-    # From 3.3.3 on pictures are darker, from 3.4.0 on one of LIBERO's stored states breaks.
-    require(version("mujoco") == "3.3.2", "MuJoCo must be 3.3.2: pip install mujoco==3.3.2")
 
 @contextmanager
 def one_sentence():

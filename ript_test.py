@@ -23,7 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from examples import control_step, imitation, report
+from examples import control_step, headless, imitation, report
 from examples.laptop import Tiny
 from policies import openvla_oft, quest
 from policies.openvla_oft import OpenVLAOFT
@@ -2112,7 +2112,7 @@ MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared bel
     ("--suite {tmp}/half.py:Suite", "cannot read {tmp}/half.py: SyntaxError"),
     ("--model gpt", "none of tiny, openvla-oft, quest"),
     ("--lr fast", "--lr"),
-    ("--rollouts 1", "--rollouts must be at least 2"),
+    ("--rollouts 1", "--rollouts must be at least 2 and"),
     ("--groups 0", "--groups must be a number above 0"),
     ("--task 2", "--task must be below 2"),
     ("--loss_per step", "'token'"),
@@ -2325,13 +2325,82 @@ def test_a_bad_file_raises_an_error_that_a_caller_can_catch(tmp):
 
 def test_a_mistake_leaves_no_traceback_at_the_command_line():
     done = launch("--rollouts", 1)
-    assert done.returncode == 2 and done.stderr == "ript.py: --rollouts must be at least 2, got 1\n"
+    assert done.returncode == 2
+    assert done.stderr == "ript.py: --rollouts must be at least 2 and below 2 ** 31, got 1\n"
+
+
+IDENTITY = [  # what would make another run of one that is there
+    ("--resume {run} --eval", "of which --eval is False"),
+    ("--resume {run} --task 1", "of which --task is -1"),
+    ("--resume {run} --seed 3", "of which --seed is 0"),
+    ("--resume {run} --suite tabletop_pretrain", "of which --suite is tabletop"),
+    ("--resume {run} --eval_contexts 1", "of which --eval_contexts is 2"),
+    ("--resume {run} --out elsewhere", "of which --out is"),
+    ("--resume {run} --checkpoint {run}/last", "of which --checkpoint is"),
+    ("--out {run}", "has a run: go on with --resume"),
+    ("--out {run} --eval", "has a run: go on with --resume"),
+    ("--seed 9223372036854775808", "--seed must be at least 0 and below 2 ** 31"),
+]
+
+
+@pytest.mark.parametrize("arguments,sentence", IDENTITY)
+def test_a_run_stays_what_it_is(no_simulators, finished, capsys, arguments, sentence):
+    run = finished[0]
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as ended:
+        ript.main(arguments.format(run=run).split())
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1 and sentence in said
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("settings,device", [
+    (dict(), "0"), (dict(LOCAL_RANK="1"), "1"), (dict(LOCAL_RANK="2"), None), (dict(CUDA_VISIBLE_DEVICES=""), "0"),
+    (dict(CUDA_VISIBLE_DEVICES="1"), "1"), (dict(CUDA_VISIBLE_DEVICES="0, 1", LOCAL_RANK="1"), "1"),
+    (dict(CUDA_VISIBLE_DEVICES="5"), None), (dict(CUDA_VISIBLE_DEVICES="-1"), "0"),
+    (dict(CUDA_VISIBLE_DEVICES="GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", LOCAL_RANK="1"), "1"),
+    (dict(CUDA_VISIBLE_DEVICES="MIG-GPU-8932f937/1/0"), "0"), (dict(MUJOCO_EGL_DEVICE_ID="7"), "7"),
+    (dict(MUJOCO_GL="osmesa"), None)])
+def test_pictures_are_drawn_by_the_trainers_gpu_where_there_are_enough(monkeypatch, settings, device):
+    monkeypatch.setattr(headless, "egl_devices", lambda: 2)
+    for name in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "MUJOCO_EGL_DEVICE_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    headless.choose_device()
+    assert os.environ.get("MUJOCO_EGL_DEVICE_ID") == device
+    # robosuite would take it for numbers of EGL's devices.
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+@pytest.mark.parametrize("config", [None, "", "[]", "assets: /elsewhere", "benchmark_root: {root}\nassets: {root}"])
+def test_libero_gets_paths_that_fit_whatever_it_finds(monkeypatch, tmp_path, config):
+    folder = tmp_path / "old"
+    if config is not None:
+        folder.mkdir()
+        root = headless.place_of("libero") / "libero"
+        (folder / "config.yaml").write_text(config.format(root=root))
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(folder))
+    headless.set_libero_paths(tmp_path / "private")
+    program = "from libero.libero import get_libero_path; print(get_libero_path('bddl_files'))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0 and Path(done.stdout.strip()).is_dir() and done.stdout.count("\n") == 1
+
+
+def test_another_libero_on_the_path_is_refused(tmp_path):
+    (tmp_path / "libero/libero").mkdir(parents=True)
+    for folder in ("libero", "libero/libero"):
+        (tmp_path / folder / "__init__.py").write_text("input('where?')")
+    done = launch("--eval", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2 and "hides the libero of requirements.txt" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_no_opengl_and_another_mujoco_get_one_sentence(monkeypatch):
-    monkeypatch.setattr(ript, "version", lambda package: "3.4.0")
-    with pytest.raises(ript.UserError, match="pip install mujoco==3.3.2"):
-        ript.check(config())
+    monkeypatch.setattr(headless, "version", lambda package: "3.4.0")
+    with pytest.raises(ImportError, match="pip install mujoco==3.3.2"):
+        headless.prepare()
     done = launch("--groups", 1, MUJOCO_GL="egl", MUJOCO_EGL_DEVICE_ID="99")
     assert done.returncode == 2 and done.stderr.startswith("ript.py: the simulator does not start")
     assert done.stderr.count("\n") == 1

@@ -9,7 +9,6 @@ Stack, which comes with pip); the third is LIBERO-Object. All three have a scrip
     bash run_libero.sh                                        the arm is worn by now: stages 2 and 3
 """
 import json
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -19,14 +18,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-# Software OpenGL draws in the simulator's own thread. Others would take the cores of other simulators.
-os.environ.setdefault("LP_NUM_THREADS", "0")
-
 ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 import ript
+from examples import headless
 from policies.openvla_oft import OpenVLAOFT, check_statistics, fetch, read_json, weights_of
+
+headless.prepare()
 
 # What suits a small policy and a machine without a GPU, in stage 2 and in stage 3.
 SEE = dict(image_size=64, collision=True, act_batch=1)

@@ -9,7 +9,6 @@ iteration) and task0.mp4, task1.mp4, ... (the policy in the first held-out conte
 import csv
 import io
 import json
-import logging
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -19,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import ript
+from examples import headless
 
 
 def interval(won, number) -> str:
@@ -103,8 +103,7 @@ def film(policy, simulator, context):
 def write_videos(run, cfg, contexts):
     """A video of the first held-out context of each task."""
     import imageio
-    # robosuite has remarks about its macros.
-    logging.disable(logging.WARNING)
+    headless.begin()
     if cfg.device.startswith("cuda") and not torch.cuda.is_available():
         cfg = replace(cfg, device="cpu")  # a run from another machine
     ript.join(cfg.device)
