@@ -140,7 +140,7 @@ def parse_config(argv, settings=Config, stage="PRESET"):
     saved = {}
     # With --resume the run's own settings are the defaults.
     if given.resume:
-        saved = read(Path(given.resume) / "config.json", lambda p: vars(settings(**json.loads(p.read_text()))))
+        saved = read(Path(given.resume, "config.json"), lambda p: vars(settings(**json.loads(p.read_text()))))
         parser.set_defaults(**saved)
     cfg = settings(**vars(parser.parse_args(argv)))
     cfg = replace(cfg, suite=ALIASES.get(cfg.suite, cfg.suite))
