@@ -3,16 +3,20 @@
     python examples/evidence.py              lists the experiments
     python examples/evidence.py k4 k16       runs stages 2 and 3 for each seed, as far as runs/evidence lacks them
     python examples/evidence.py senses       the tabletop's policies, misled and blind
+    python examples/evidence.py gif          the tabletop before and after, assets/tabletop.gif
 
 Of each run, assets/evidence keeps metrics.csv and evaluation.csv, every context's outcome.
 """
 import csv
+import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -190,10 +194,42 @@ def senses():
     report.write_csv(ASSETS / "senses.csv", rows)
 
 
+def gif():
+    """assets/tabletop.gif: of each task, the first held-out context in which SFT's policy of seed 0 fails."""
+    run = ROOT / "runs/evidence/tabletop_0"
+    cfg = ript.Config(**json.loads((run / "config.json").read_text()))
+    before = json.loads((run / "evaluation_SFT.json").read_text())
+    simulator = TABLETOP(cfg.image_size, cfg.collision)
+    pictures = []
+    for task in (0, 1):
+        context = next(context for context in ript.evaluation_contexts(cfg)
+                       if context.task == task and not before[f"tabletop {task} {context.seed}"])
+        clips = []
+        for title, folder in {"SFT, one demonstration": "sft", "after RIPT": "last"}.items():
+            policy = laptop.Tiny.load(replace(cfg, checkpoint=str(run / folder)))
+            clips.append([titled(frame, title) for frame in report.film(policy, simulator, context)])
+        number = max(len(clip) for clip in clips)
+        for t in range(0, number, 2):
+            pictures.append(np.concatenate([clip[min(t, len(clip) - 1)] for clip in clips], 1))
+        # The end stays a while.
+        pictures += 6 * pictures[-1:]
+    images = [Image.fromarray(picture).quantize(96) for picture in pictures]
+    images[0].save(ROOT / "assets/tabletop.gif", save_all=True, append_images=images[1:], duration=110, loop=0)
+
+
+def titled(frame, title):
+    """A picture of 208 x 208 pixels with a title."""
+    image = Image.fromarray(frame).resize((208, 208))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((0, 0, 208, 14), fill=(0, 0, 0))
+    draw.text((4, 2), title, fill=(255, 255, 255))
+    return np.asarray(image)
+
+
 if __name__ == "__main__":
     names = sys.argv[1:]
-    if names == ["senses"]:
-        sys.exit(senses())
+    if names in (["senses"], ["gif"]):
+        sys.exit(dict(senses=senses, gif=gif)[names[0]]())
     if not names or set(names) - set(EXPERIMENTS):
         sys.exit("the experiments: " + ", ".join(EXPERIMENTS))
     for name in names:
