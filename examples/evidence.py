@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import ript
-from examples import laptop, report
+from examples import headless, laptop, report
 
 ASSETS = ROOT / "assets/evidence"
 SEEDS = (0, 1, 2)
@@ -199,6 +199,7 @@ def gif():
     run = ROOT / "runs/evidence/tabletop_0"
     cfg = ript.Config(**json.loads((run / "config.json").read_text()))
     before = json.loads((run / "evaluation_SFT.json").read_text())
+    headless.begin()
     simulator = TABLETOP(cfg.image_size, cfg.collision)
     pictures = []
     for task in (0, 1):
@@ -213,6 +214,7 @@ def gif():
             pictures.append(np.concatenate([clip[min(t, len(clip) - 1)] for clip in clips], 1))
         # The end stays a while.
         pictures += 6 * pictures[-1:]
+    simulator.env.close()
     images = [Image.fromarray(picture).quantize(96) for picture in pictures]
     images[0].save(ROOT / "assets/tabletop.gif", save_all=True, append_images=images[1:], duration=110, loop=0)
 
