@@ -1,4 +1,5 @@
 """The claims of ript.py, each as a test that fails when the claim does. Run: bash run_libero.sh test"""
+
 import dataclasses
 import json
 import math
@@ -25,9 +26,8 @@ from safetensors.torch import load_file, save_file
 
 from examples import control_step, headless, imitation, report
 from examples.laptop import Tiny
-from policies import openvla_oft, quest
+from policies import openvla_oft
 from policies.openvla_oft import OpenVLAOFT
-from policies.quest import QueST
 from ript import Config, Context, Episode, Worker, load_suite
 
 HERE = Path(__file__).parent
@@ -68,12 +68,16 @@ def trained(policy, parts):
 
 def random_observations(n, seed=0):
     rng = np.random.default_rng(seed)
-    return [dict(pictures=rng.integers(0, 255, (2, 64, 64, 3), dtype=np.uint8), proprio=rng.standard_normal(8))
-            for _ in range(n)]
+    return [
+        dict(pictures=rng.integers(0, 255, (2, 64, 64, 3), dtype=np.uint8), proprio=rng.standard_normal(8))
+        for _ in range(n)
+    ]
 
 
 def assert_close(a, b, tolerance=1e-6):
-    torch.testing.assert_close(torch.as_tensor(a).float(), torch.as_tensor(b).float(), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(
+        torch.as_tensor(a).float(), torch.as_tensor(b).float(), atol=tolerance, rtol=tolerance
+    )
 
 
 # ---------------------------------------------------------------------------------------------- the algorithm
@@ -102,7 +106,7 @@ def test_leave_one_out_advantage_agrees_with_the_original():
 
 
 def test_has_signal_is_false_exactly_where_every_advantage_is_zero():
-    rewards = torch.tensor([[0., 0, 0], [1, 1, 1], [0, 1, 0], [1, 0, 1], [1, 1, 0]])
+    rewards = torch.tensor([[0.0, 0, 0], [1, 1, 1], [0, 1, 0], [1, 0, 1], [1, 1, 0]])
     assert ript.has_signal(rewards).tolist() == [False, False, True, True, True]
     assert ript.has_signal(rewards).tolist() == (ript.leave_one_out_advantage(rewards) != 0).any(-1).tolist()
 
@@ -150,12 +154,12 @@ def test_ppo_clip_loss_and_gradients_agree_with_the_original(sign, advantage):
 
 
 def made_up_loss():
-    """Log-probabilities, advantages and a mask of three episodes of up to five steps; one step is not executed."""
+    """Log-probabilities, advantages and a mask of three episodes of up to five steps, one not executed."""
     torch.manual_seed(0)
     new = torch.randn(3, 5) * 0.3
     old = torch.randn(3, 5) * 0.3
     mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 1, 0, 0]]).bool()
-    return new, old, torch.tensor([1., -0.5, 0.25]), mask
+    return new, old, torch.tensor([1.0, -0.5, 0.25]), mask
 
 
 def test_loss_weight_sums_to_one_and_is_a_mean_over_episodes_or_over_tokens():
@@ -207,21 +211,27 @@ def test_parts_of_a_minibatch_add_up_to_it():
     new, old, advantage, mask = made_up_loss()
     weight = ript.loss_weight(mask)
     whole, _ = ript.ppo_clip_loss(new, old, advantage, weight)
-    parts = [ript.ppo_clip_loss(new[e:e + 1], old[e:e + 1], advantage[e:e + 1], weight[e:e + 1])[0] for e in range(3)]
+    parts = [
+        ript.ppo_clip_loss(new[e : e + 1], old[e : e + 1], advantage[e : e + 1], weight[e : e + 1])[0]
+        for e in range(3)
+    ]
     assert_close(sum(parts), whole)
 
 
 def test_the_formulas_solve_a_bandit():
-    """40 steps of RIPT with a Laplace policy find an interval of actions that it first hits one time in ten."""
+    """40 steps of RIPT with a Laplace policy find an interval that it first hits one time in ten."""
     torch.manual_seed(0)
     mean, log_scale = torch.zeros(1, requires_grad=True), torch.tensor([math.log(0.3)])
     optimizer, share = torch.optim.Adam([mean], 0.05), []
     for _ in range(40):
-        action = mean.detach() + torch.distributions.Laplace(0., 0.3).sample((16, 8, 1))
+        action = mean.detach() + torch.distributions.Laplace(0.0, 0.3).sample((16, 8, 1))
         rewards = ((action > 0.5) & (action < 1.0)).float()[..., 0]
         share.append(rewards.mean().item())
         kept = ript.has_signal(rewards)
-        advantage, action = ript.leave_one_out_advantage(rewards)[kept].flatten(), action[kept].flatten(0, 1)[:, None]
+        advantage, action = (
+            ript.leave_one_out_advantage(rewards)[kept].flatten(),
+            action[kept].flatten(0, 1)[:, None],
+        )
         old = ript.laplace_log_prob(action, mean.detach(), log_scale)
         for _ in range(2):
             weight = ript.loss_weight(torch.ones_like(old, dtype=torch.bool))
@@ -235,7 +245,10 @@ def test_the_formulas_solve_a_bandit():
 
 # ------------------------------------------------------------------------------------------------- the policy
 EVERYTHING = ("vision_backbone", "projector", "proprio_projector", "language_model", "action_head")
-DECODER = ("language_model.model.layers", "action_head")  # as the 7B: two passes, through the last positions only
+DECODER = (
+    "language_model.model.layers",
+    "action_head",
+)  # as the 7B: two passes, through the last positions only
 
 
 @pytest.mark.parametrize("parts", [EVERYTHING, ("action_head",), DECODER, ("scale_head",)])
@@ -267,8 +280,11 @@ def test_attention_is_bidirectional():
 
 def test_a_transformers_that_ignores_the_mask_is_noticed_when_a_policy_is_loaded(monkeypatch):
     from transformers import LlamaModel
+
     forward = LlamaModel.forward
-    monkeypatch.setattr(LlamaModel, "forward", lambda self, attention_mask=None, **rest: forward(self, **rest))
+    monkeypatch.setattr(
+        LlamaModel, "forward", lambda self, attention_mask=None, **rest: forward(self, **rest)
+    )
     with pytest.raises(ript.UserError, match="attention is causal"):
         pretrained()
 
@@ -296,7 +312,7 @@ def test_a_batch_of_mixed_instructions_equals_them_one_by_one():
     texts = ["lift the green cube", "push", "lift the red cube"]
     together = policy.predict(observations, texts)
     for i in range(3):
-        for a, b in zip(together, policy.predict(observations[i:i + 1], texts[i:i + 1])):
+        for a, b in zip(together, policy.predict(observations[i : i + 1], texts[i : i + 1])):
             assert_close(a[i], b[0], 1e-5)
     other = policy.predict(observations, texts[::-1])[0]
     assert (other[0] - together[0][0]).abs().max() > 1e-5  # the words reach the heads
@@ -312,12 +328,18 @@ def test_act_scores_a_sample_with_the_density_that_drew_it_and_repeats_with_its_
     with torch.no_grad():
         assert_close(policy.log_prob(records), np.stack([r["log_prob"] for r in records]), 1e-5)
         mean, log_scale = policy.density(observations, texts)
-    expected = torch.distributions.Laplace(mean, log_scale.exp()).log_prob(
-        torch.tensor(np.stack([r["sample"] for r in records]))).sum(-1)
+    expected = (
+        torch.distributions.Laplace(mean, log_scale.exp())
+        .log_prob(torch.tensor(np.stack([r["sample"] for r in records])))
+        .sum(-1)
+    )
     assert_close(np.stack([r["log_prob"] for r in records]), expected, 1e-4)
-    draws = np.stack([policy.act(observations[:1], texts[:1], [np.random.default_rng(i)])[0]["sample"]
-                      for i in range(200)])
-    assert_close(np.abs(draws - mean[0].numpy()).mean((0, 1)), log_scale[0].exp().mean(0), 0.03)  # E|noise| = b
+    draws = np.stack(
+        [policy.act(observations[:1], texts[:1], [np.random.default_rng(i)])[0]["sample"] for i in range(200)]
+    )
+    assert_close(
+        np.abs(draws - mean[0].numpy()).mean((0, 1)), log_scale[0].exp().mean(0), 0.03
+    )  # E|noise| = b
     assert (policy.act(observations, texts, [None, None])[0]["sample"] == mean[0].numpy()).all()
 
 
@@ -338,13 +360,13 @@ def test_labels_are_clipped_to_the_bounds_and_what_never_moved_stays_still():
     assert np.abs(policy.to_env_actions(noise)[:, 3:6]).max() < 1e-6  # exploration does not turn the hand
 
 
-# ---------------------------------------------------------------------------- the released checkpoints' form
+# ----------------------------------------------------------------------------- the released checkpoints' form
 LORA, SCALE = "tiny_oft/ript_lora", "tiny_oft/scale_header.pth"
 
 
 @pytest.fixture(scope="module")
 def oft():
-    """(prefix, with adapter) -> the original's tiny checkpoint; the original's outputs and its instructions."""
+    """(prefix, with adapter) -> the original's tiny checkpoint, its outputs and its instructions."""
     g, loaded = golden("golden_oft"), {}
 
     def policy(prefix="exact", lora=False):
@@ -353,25 +375,33 @@ def oft():
             folder = GOLDEN / "tiny_oft"
             loaded[prefix, lora] = OpenVLAOFT.from_pretrained(folder, "libero_10", prefix=prefix, **source)
         return loaded[prefix, lora]
+
     return policy, g, json.loads((GOLDEN / "golden_oft.json").read_text())["_instructions"]
 
 
 def raw_observation(g, i):
     raw = {f"robot0_{name}": g[f"raw_{name}"][i].numpy() for name in ("eef_pos", "eef_quat", "gripper_qpos")}
-    pictures = dict(agentview_image=g["raw_agentview"][i].numpy(), robot0_eye_in_hand_image=g["raw_wrist"][i].numpy())
+    pictures = dict(
+        agentview_image=g["raw_agentview"][i].numpy(), robot0_eye_in_hand_image=g["raw_wrist"][i].numpy()
+    )
     return raw | pictures
 
 
 def original_observations(g):
     """The original's own pictures, read back from SigLIP's normalisation, and proprio."""
     pictures = (g["pixel_values"].unflatten(1, (2, 2, 3))[:, :, 1] * 0.5 + 0.5).mul(255).round().byte()
-    return [dict(pictures=pictures[i].permute(0, 2, 3, 1).numpy(), proprio=g["state"][i].numpy()) for i in range(3)]
+    return [
+        dict(pictures=pictures[i].permute(0, 2, 3, 1).numpy(), proprio=g["state"][i].numpy())
+        for i in range(3)
+    ]
 
 
 def test_pictures_are_tensorflows_within_a_few_values():
     g = golden("golden_preprocess")
     for name in ("gradient256", "noise128", "scene256", "scene128"):
-        ours = torch.tensor(openvla_oft.openvla_picture(np.ascontiguousarray(g[f"{name}/input"].numpy()[::-1, ::-1])))
+        ours = torch.tensor(
+            openvla_oft.openvla_picture(np.ascontiguousarray(g[f"{name}/input"].numpy()[::-1, ::-1]))
+        )
         off = (ours.int() - g[f"{name}/cropped224"].int()).abs()
         # of 150,528 values; round(x * 255) would be off in a fourth
         assert off.max() <= 1 and (off > 0).float().mean() < 1e-4
@@ -390,7 +420,9 @@ def test_vision_towers_and_projectors_agree_with_the_original(oft, lora):
     policy, prefix = policy("exact", lora), "lora" if lora else "base"
     pixels = g["pixel_values"].unflatten(1, (2, 2, 3))  # observation, camera, tower's normalisation, channel
     with torch.no_grad():
-        towers = [tower(pixels[:, :, i].flatten(0, 1)) for i, tower in enumerate(policy.vision_backbone.values())]
+        towers = [
+            tower(pixels[:, :, i].flatten(0, 1)) for i, tower in enumerate(policy.vision_backbone.values())
+        ]
         for ours, name in zip(towers, ("dino", "siglip")):
             assert_close(ours, g[f"{prefix}_{name}"].flatten(0, 1), 1e-5)
         projected = policy.projector(torch.cat(towers, -1)).unflatten(0, (3, 2)).flatten(1, 2)
@@ -431,6 +463,7 @@ def keep_what_act_recorded(monkeypatch):
     def recorded_for_old(*arguments):
         mask, _, recorded = score(*arguments)
         return mask, recorded, recorded
+
     monkeypatch.setattr(ript, "score", recorded_for_old)
 
 
@@ -442,6 +475,7 @@ def keep_token_ratios(monkeypatch):
         token = ript.loss_weight(weight > 0, "token")
         seen.append(ppo_clip_loss(log_prob, old_log_prob, advantage, token, clip)[1]["ratio"].item())
         return ppo_clip_loss(log_prob, old_log_prob, advantage, weight, clip)
+
     monkeypatch.setattr(ript, "ppo_clip_loss", spy)
     return seen
 
@@ -453,6 +487,7 @@ def keep_gradients(monkeypatch):
     def spy(parameters):
         reduce_gradients(parameters)
         seen.append([p.grad.clone() for p in parameters])
+
     monkeypatch.setattr(ript, "reduce_gradients", spy)
     return seen
 
@@ -492,8 +527,9 @@ def test_gradients_agree_with_the_original_and_reach_the_decoders_adapters_and_t
 
 
 def test_an_optimiser_step_equals_the_originals_where_its_rule_is_the_intended_one(oft, monkeypatch):
-    """Differences on purpose: the gradient's norm is clipped jointly, not for adapters and heads apart; ratios are of
-    whole action steps in float32 (the golden run is float32 too); the last step of an episode is always trained on."""
+    """Differences on purpose: the gradient's norm is clipped jointly, not for adapters and heads apart;
+    ratios are of whole action steps in float32 (the golden run is float32 too); an episode's last step is
+    always trained on."""
     g = golden("golden_ppo_step")
     names = [names_of(name) for name in np.load(GOLDEN / "golden_ppo_step.npz")["param_names"]]
     policy = OpenVLAOFT.from_pretrained(GOLDEN / "tiny_oft", "libero_10", GOLDEN / LORA, prefix="prompt")
@@ -501,16 +537,30 @@ def test_an_optimiser_step_equals_the_originals_where_its_rule_is_the_intended_o
     policy.train_only(OpenVLAOFT.trained + ("scale_head",))
     optimizer = torch.optim.AdamW(policy.parameter_groups(), 5e-5)
     before = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
-    rows = iter(zip(g["obs_index"].tolist(), g["actions_normalized"].numpy(), g["ref_log_prob"].sum(-1).numpy()))
+    rows = iter(
+        zip(g["obs_index"].tolist(), g["actions_normalized"].numpy(), g["ref_log_prob"].sum(-1).numpy())
+    )
     episodes = []
     for length in g["episode_len"].tolist():
-        records = [dict(observation=observations[i], instruction=text, sample=sample, log_prob=log_prob)
-                   for i, sample, log_prob in (next(rows) for _ in range(length))]
+        records = [
+            dict(observation=observations[i], instruction=text, sample=sample, log_prob=log_prob)
+            for i, sample, log_prob in (next(rows) for _ in range(length))
+        ]
         episodes.append(Episode(Context(0, text, 0), records=records, executed=[8] * length))
     for episode, reward in zip(episodes, g["reward"].tolist()):
         episode.success = bool(reward)
-    cfg = config("--model", "openvla-oft", "--suite", "libero_10", "--minibatch", 4, "--rollouts", 4,
-                 "--max_grad_norm", 1e9)
+    cfg = config(
+        "--model",
+        "openvla-oft",
+        "--suite",
+        "libero_10",
+        "--minibatch",
+        4,
+        "--rollouts",
+        4,
+        "--max_grad_norm",
+        1e9,
+    )
     keep_what_act_recorded(monkeypatch)
     gradients = keep_gradients(monkeypatch)
     token_ratio = keep_token_ratios(monkeypatch)
@@ -544,8 +594,11 @@ def test_the_seven_billion_are_those_of_the_real_checkpoint_and_take_439_adapter
     index = json.loads((directory / "model.safetensors.index.json").read_text())
     with torch.device("meta"):
         policy = OpenVLAOFT(**OpenVLAOFT.describe(directory, "libero_10")[0])
-        own = {name: value for name, value in policy.state_dict().items()
-               if not name.startswith(("action_head", "scale_head", "proprio_projector"))}
+        own = {
+            name: value
+            for name, value in policy.state_dict().items()
+            if not name.startswith(("action_head", "scale_head", "proprio_projector"))
+        }
         assert own.keys() == index["weight_map"].keys()
         assert sum(value.numel() * 2 for value in own.values()) == index["metadata"]["total_size"]  # bfloat16
         assert sum(p.numel() for p in policy.action_head.parameters()) == 151_117_831
@@ -559,7 +612,7 @@ def test_the_seven_billion_are_those_of_the_real_checkpoint_and_take_439_adapter
 
 
 def test_a_policy_that_is_saved_and_loaded_acts_to_the_same_bits(tmp_path):
-    """Matrix products differ in the last bit with the place of weights in memory, and a mapped file has odd places."""
+    """Matrix products differ in the last bit with the place of weights in memory, odd in a mapped file."""
     policy, texts = small_policy(), [TASKS[0]]
     policy.save(tmp_path)
     again = Tiny.from_pretrained(tmp_path)
@@ -578,14 +631,20 @@ def test_adapters_are_saved_as_the_authors_save_them(oft, tmp_path):
     assert all((theirs[name].float() == ours[name]).all() for name in ours)
     both = (GOLDEN / LORA, tmp_path)
     theirs, ours = (torch.load(folder / "openvla_headers.pt", weights_only=True) for folder in both)
-    assert {part: list(head) for part, head in theirs.items()} == {part: list(head) for part, head in ours.items()}
+    assert {part: list(head) for part, head in theirs.items()} == {
+        part: list(head) for part, head in ours.items()
+    }
     theirs, ours = (json.loads((folder / "adapter_config.json").read_text()) for folder in both)
     assert set(theirs.pop("target_modules")) == set(ours.pop("target_modules"))
     assert {name: theirs[name] for name in ours} == ours
     again = OpenVLAOFT.from_pretrained(GOLDEN / "tiny_oft", "libero_10", tmp_path, prefix="prompt")
-    header = OpenVLAOFT.from_pretrained(GOLDEN / "tiny_oft", "libero_10", scale_head=tmp_path / "scale_header.pth")
+    header = OpenVLAOFT.from_pretrained(
+        GOLDEN / "tiny_oft", "libero_10", scale_head=tmp_path / "scale_header.pth"
+    )
     with torch.no_grad():
-        for a, b in zip(again.predict(original_observations(g), texts), policy.predict(original_observations(g), texts)):
+        for a, b in zip(
+            again.predict(original_observations(g), texts), policy.predict(original_observations(g), texts)
+        ):
             assert (a == b).all()
     named = dict(policy.named_parameters())
     assert all((p == named[name]).all() for name, p in header.named_parameters() if "scale_head" in name)
@@ -603,9 +662,10 @@ def test_the_base_is_bfloat16_where_the_checkpoint_says_so_and_what_trains_is_fl
     assert mean.dtype == torch.float32 and (mean - g["lora_a_mean"]).abs().mean() < 0.02
 
 
-# ------------------------------------------------------------------------- the simulator, rollouts, supervision
+# ----------------------------------------------------------------------- the simulator, rollouts, supervision
 def libero_or_skip():
     from libero.libero import get_libero_path
+
     if not Path(get_libero_path("assets")).is_dir():
         pytest.skip("LIBERO's meshes are not there: run libero-download-assets")
 
@@ -645,7 +705,7 @@ def test_k_resets_to_a_context_are_one_scene_and_other_seeds_are_others(simulato
     assert (state == again).all() and (raw["agentview_image"] == raw_again["agentview_image"]).all()
     assert (raw["robot0_eye_in_hand_image"] == raw_again["robot0_eye_in_hand_image"]).all()
     assert np.abs(state - other).max() > 1e-3
-    assert (start(5 + 2 ** 32)[0] == state).all()  # any number will do, also of --seed 1234
+    assert (start(5 + 2**32)[0] == state).all()  # any number will do, also of --seed 1234
     ends = []
     for _ in range(2):
         start(5)
@@ -667,7 +727,9 @@ def test_success_is_the_named_cube_lifted_and_the_expert_lifts_it(simulator, tas
     bodies = (simulator.env.cubeA_body_id, simulator.env.cubeB_body_id)
     height = [simulator.env.sim.data.body_xpos[body][2] for body in bodies]
     assert demonstration.success and 15 < len(demonstration.actions) == len(demonstration.observations) <= 32
-    assert height[task] > 0.84 > height[1 - task]  # 4 cm above the table; a cube's centre rests at 2 or 2.5 cm
+    assert (
+        height[task] > 0.84 > height[1 - task]
+    )  # 4 cm above the table; a cube's centre rests at 2 or 2.5 cm
 
 
 def test_the_expert_of_libero_object_puts_a_tall_thing_into_the_basket():
@@ -686,7 +748,9 @@ def test_scripted_demonstrations_are_successes_with_clean_labels_whatever_the_nu
         assert [demo.context.task for demo in demos] == [0, 1, 0, 1]
         assert all(np.abs(demo.actions).max() <= 1 for demo in demos)
         pictures = [look()["agentview_image"].tobytes() for demo in demos for look in demo.looks]
-        seen.append(([demo.context.seed for demo in demos], [demo.actions.tobytes() for demo in demos], pictures))
+        seen.append(
+            ([demo.context.seed for demo in demos], [demo.actions.tobytes() for demo in demos], pictures)
+        )
     assert seen[0] == seen[1]
 
 
@@ -703,7 +767,9 @@ def test_a_chunk_stops_at_the_step_that_succeeds_and_then_nothing_is_drawn(simul
     simulator.reset(Context(1, TASKS[1], 1_000_000))
     executed, drawn = [], []
     step, draw = control_step.control_step, simulator.draw
-    monkeypatch.setattr(control_step, "control_step", lambda env, action: executed.append(action) or step(env, action))
+    monkeypatch.setattr(
+        control_step, "control_step", lambda env, action: executed.append(action) or step(env, action)
+    )
     monkeypatch.setattr(simulator, "draw", lambda *a: drawn.append(a) or draw(*a))
     monkeypatch.setattr(simulator, "success", lambda: len(executed) == 3)
     answer = simulator.step(np.zeros((8, 7)))
@@ -760,6 +826,7 @@ def test_the_torques_are_those_of_robosuites_controller(simulator, monkeypatch):
 
 def test_with_all_of_robosuites_passes_a_control_step_is_robosuites_to_the_bit(simulator, monkeypatch):
     import mujoco
+
     # Three passes: one before the controller, which makes the second, and that of mj_step.
     forward, step = mujoco.mj_forward, mujoco.mj_step
 
@@ -830,10 +897,17 @@ def test_a_stove_turns_on_and_a_drawer_closes_as_with_robosuites_control_step(mo
 @pytest.mark.parametrize("change", [dict(type="JOINT_POSITION"), dict(interpolation="linear")])
 def test_an_environment_with_another_controller_keeps_robosuites_control_step(monkeypatch, change):
     import robosuite
+
     name = change.get("type", "OSC_POSE")
     controller = robosuite.load_controller_config(default_controller=name) | change
-    env = robosuite.make("Lift", robots="Panda", controller_configs=controller, has_renderer=False,
-                         has_offscreen_renderer=False, use_camera_obs=False)
+    env = robosuite.make(
+        "Lift",
+        robots="Panda",
+        controller_configs=controller,
+        has_renderer=False,
+        has_offscreen_renderer=False,
+        use_camera_obs=False,
+    )
     env.reset()
     asked = []
     step = env.step
@@ -862,8 +936,19 @@ class Nudge(ript.load_suite("tabletop")):
 
 def test_a_suite_in_a_file_of_its_own_runs_from_the_command_line(tmp_path):
     (tmp_path / "nudge.py").write_text(NUDGE)
-    done = launch("--suite", f"{tmp_path}/nudge.py:Nudge", *QUICK, "--iterations", 1, "--image_size", 64,
-                  "--collision", "true", "--out", tmp_path / "run")
+    done = launch(
+        "--suite",
+        f"{tmp_path}/nudge.py:Nudge",
+        *QUICK,
+        "--iterations",
+        1,
+        "--image_size",
+        64,
+        "--collision",
+        "true",
+        "--out",
+        tmp_path / "run",
+    )
     assert done.returncode == 0, done.stderr
     rows = rows_without_seconds(tmp_path / "run")
     assert rows[1]["rollouts"] >= 6 and rows[1]["env_steps"] > 6
@@ -917,12 +1002,13 @@ def test_the_kept_set_does_not_depend_on_the_number_of_workers(workers):
         numbers = [episode.group for episode in episodes]
         assert len(numbers) > 0 and numbers == sorted(numbers)
         for group in range(0, len(episodes), 3):
-            assert len({episode.success for episode in episodes[group:group + 3]}) == 2
+            assert len({episode.success for episode in episodes[group : group + 3]}) == 2
     assert seen[0] == seen[1] == seen[2]
 
 
 def rollouts_that_end_as(outcome, pick=0):
-    """A stand-in for simulate, to try every outcome: outcome(episode) is its success, pick the order of the ends."""
+    """A stand-in for simulate: outcome(episode) is its success, pick the order in which they end."""
+
     def simulate(play, workers, queue):
         while queue:
             episode = queue[pick % len(queue)]
@@ -930,13 +1016,21 @@ def rollouts_that_end_as(outcome, pick=0):
             episode.success, episode.executed = bool(outcome(episode)), [8]
             episode.records = [dict(scale=0.1)]
             yield episode
+
     return simulate
 
 
-@pytest.mark.parametrize("outcome,counts", [(lambda e: False, "0 were too easy, 5 too hard"),
-                                            (lambda e: True, "5 were too easy, 0 too hard"),
-                                            (lambda e: e.group % 2, "2 were too easy, 3 too hard")])
-def test_uniform_groups_never_reach_the_optimiser_and_are_replaced_up_to_the_cap(monkeypatch, capsys, outcome, counts):
+@pytest.mark.parametrize(
+    "outcome,counts",
+    [
+        (lambda e: False, "0 were too easy, 5 too hard"),
+        (lambda e: True, "5 were too easy, 0 too hard"),
+        (lambda e: e.group % 2, "2 were too easy, 3 too hard"),
+    ],
+)
+def test_uniform_groups_never_reach_the_optimiser_and_are_replaced_up_to_the_cap(
+    monkeypatch, capsys, outcome, counts
+):
     monkeypatch.setattr(ript, "simulate", rollouts_that_end_as(outcome))
     run = run_of()
     episodes, stats = collect_with([], None, config("--groups", 2, "--rollouts", 2, "--max_rejected", 3), run)
@@ -972,6 +1066,7 @@ def test_each_rank_takes_every_second_number_and_keeps_half_of_the_groups(monkey
 
 class Echo:
     """A policy that acts at random and remembers the sizes of its batches."""
+
     chunk, TOKENS = 8, 0
 
     def __init__(self):
@@ -987,6 +1082,7 @@ class Echo:
 
 class Stub:
     """A worker whose simulator answers at once and never succeeds."""
+
     def call(self, method, *arguments):
         return ript.Answer(len(arguments[0]) if method == "step" else 0, False, {})
 
@@ -1029,7 +1125,7 @@ def test_a_forward_that_fails_ends_every_rollout_that_waits_for_it():
                 record.result(timeout=30)
 
 
-# ----------------------------------------------------------------------------------------- update and supervision
+# ------------------------------------------------------------------------------------- update and supervision
 def made_up_episodes(policy, n=6, seed=0):
     """Episodes of two to three queries with samples of the policy itself, the last chunk cut short."""
     rng, episodes = np.random.default_rng(seed), []
@@ -1037,7 +1133,9 @@ def made_up_episodes(policy, n=6, seed=0):
         queries = 2 + i % 2
         records = policy.act(random_observations(queries, i), [TASKS[i % 2]] * queries, [rng] * queries)
         executed = [8] * (queries - 1) + [3]
-        episodes.append(Episode(Context(0, TASKS[0], 0), i // 2, (0, 0, i // 2, i % 2), records, executed, i % 2 == 0))
+        episodes.append(
+            Episode(Context(0, TASKS[0], 0), i // 2, (0, 0, i // 2, i % 2), records, executed, i % 2 == 0)
+        )
     return episodes
 
 
@@ -1064,10 +1162,12 @@ def test_micro_batches_add_up_to_the_loss_of_the_whole_minibatch(per, tokens, mo
     parameters = list(trained(policy, DECODER).values())
     rows = [torch.cat(list(policy.log_prob(e.records))) for e in episodes]
     pad = lambda x: torch.nn.functional.pad(x, (0, 24 - len(x)))
-    old = torch.stack([pad(torch.tensor(np.concatenate([r["log_prob"] for r in e.records]))) for e in episodes])
+    old = torch.stack(
+        [pad(torch.tensor(np.concatenate([r["log_prob"] for r in e.records]))) for e in episodes]
+    )
     steps = [[h < (tokens or n) for n in e.executed for h in range(8)] for e in episodes]
     mask = torch.stack([pad(torch.tensor(row)) for row in steps])
-    advantage = torch.tensor([1., -1.] * 3)
+    advantage = torch.tensor([1.0, -1.0] * 3)
     weight = ript.loss_weight(mask, per)
     ript.ppo_clip_loss(torch.stack([pad(r) for r in rows]), old, advantage, weight, cfg.clip)[0].backward()
     expected = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
@@ -1100,7 +1200,9 @@ def test_old_log_probabilities_come_from_the_updates_own_computation():
             record["log_prob"] = record["log_prob"] + np.float32(0.1)  # as another kernel might have it
     optimizer = torch.optim.AdamW(policy.parameter_groups(), lr=1e-5)
     stats = ript.update(policy, optimizer, episodes, update_config(), run_of())
-    assert abs(stats["ratio"] - 1) < 1e-5 and stats["ratio_error"] == pytest.approx(math.exp(0.1) - 1, rel=1e-3)
+    assert abs(stats["ratio"] - 1) < 1e-5 and stats["ratio_error"] == pytest.approx(
+        math.exp(0.1) - 1, rel=1e-3
+    )
 
 
 def break_policy(policy):
@@ -1138,7 +1240,7 @@ def test_sft_learns_and_the_scale_head_is_fitted_alone(workers):
     cfg = demo_config("--sft_steps", 40, "--scale_steps", 20, "--sft_lr", 1e-3, "--demos_per_task", 1)
     demos = imitation.scripted_demonstrations(workers, cfg)
     observations = [policy.preprocess(look()) for look in demos[0].looks[:4]]
-    batch = (observations, [TASKS[0]] * 4, np.array([demos[0].actions[i:i + 8] for i in range(4)]))
+    batch = (observations, [TASKS[0]] * 4, np.array([demos[0].actions[i : i + 8] for i in range(4)]))
     before = imitation.imitation_loss(policy, "sft", *batch).item()
     imitation.sft(policy, demos, cfg)
     assert imitation.imitation_loss(policy, "sft", *batch).item() < 0.7 * before
@@ -1151,26 +1253,64 @@ def test_sft_learns_and_the_scale_head_is_fitted_alone(workers):
 
 def test_stage_2_writes_the_policy_that_stage_3_starts_from(tmp_path):
     """The laptop's command, with the bounds of a policy from scratch taken from its demonstrations."""
-    imitation.main(["--suite", "tabletop", "--checkpoint=", "--demos_per_task", "1", "--sft_steps", "3", "--scale_steps",
-                    "2", "--out", str(tmp_path / "sft")])
+    imitation.main(
+        [
+            "--suite",
+            "tabletop",
+            "--checkpoint=",
+            "--demos_per_task",
+            "1",
+            "--sft_steps",
+            "3",
+            "--scale_steps",
+            "2",
+            "--out",
+            str(tmp_path / "sft"),
+        ]
+    )
     statistics = Tiny.from_pretrained(tmp_path / "sft").statistics
     assert statistics["action"] == Tiny.STATISTICS["action"]  # its actions are in -1..1 as they are
-    assert 0.8 < statistics["proprio"]["q01"][2] < statistics["proprio"]["q99"][2] < 1.2  # the hand's height, metres
+    assert (
+        0.8 < statistics["proprio"]["q01"][2] < statistics["proprio"]["q99"][2] < 1.2
+    )  # the hand's height, metres
 
 
-# -------------------------------------------------------------------------------------------------- whole runs
-QUICK = ["--checkpoint", PRETRAINED, "--groups", 2, "--rollouts", 3, "--max_rejected", 2, "--iterations", 2,
-         "--eval_contexts", 2, "--eval_every", 1, "--workers", 2]
+# ------------------------------------------------------------------------------------------------- whole runs
+QUICK = [
+    "--checkpoint",
+    PRETRAINED,
+    "--groups",
+    2,
+    "--rollouts",
+    3,
+    "--max_rejected",
+    2,
+    "--iterations",
+    2,
+    "--eval_contexts",
+    2,
+    "--eval_every",
+    1,
+    "--workers",
+    2,
+]
 
 
 def launch(*argv, timeout=600, **environment):
-    return subprocess.run([sys.executable, HERE / "ript.py", *map(str, argv)], capture_output=True, text=True,
-                          timeout=timeout, env=os.environ | environment)
+    return subprocess.run(
+        [sys.executable, HERE / "ript.py", *map(str, argv)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | environment,
+    )
 
 
 def rows_without_seconds(out):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if "second" not in key and "_gb" not in key} for row in rows]
+    return [
+        {key: value for key, value in row.items() if "second" not in key and "_gb" not in key} for row in rows
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -1185,8 +1325,15 @@ def finished(tmp_path_factory):
 
 def test_a_run_writes_all_its_files_and_what_it_saves_is_what_it_trained(finished, tmp_path, capsys):
     out, printed = finished
-    assert {path.name for path in out.iterdir()} >= {"config.json", "metrics.jsonl", "run.pt", "last", "best",
-                                                     "evaluation_SFT.json", "evaluation_RIPT.json"}
+    assert {path.name for path in out.iterdir()} >= {
+        "config.json",
+        "metrics.jsonl",
+        "run.pt",
+        "last",
+        "best",
+        "evaluation_SFT.json",
+        "evaluation_RIPT.json",
+    }
     assert len(rows_without_seconds(out)) == 3 and "RIPT: " in printed and "SFT: " in printed
     assert all(len(line) <= 110 for line in printed.splitlines())
     run = tmp_path / "run"
@@ -1195,7 +1342,13 @@ def test_a_run_writes_all_its_files_and_what_it_saves_is_what_it_trained(finishe
     assert "exact McNemar p" in capsys.readouterr().out
     # Before, then after: in the other order the paired test would count what RIPT has lost as gained.
     assert (run / "evaluation.csv").read_text().splitlines()[0] == "task,instruction,context,SFT,RIPT"
-    assert {path.name for path in run.iterdir()} >= {"evaluation.csv", "metrics.csv", "curve.png", "task0.mp4", "task1.mp4"}
+    assert {path.name for path in run.iterdir()} >= {
+        "evaluation.csv",
+        "metrics.csv",
+        "curve.png",
+        "task0.mp4",
+        "task1.mp4",
+    }
     assert (run / "task1.mp4").stat().st_size > 1000
     evaluated = launch("--eval", "--checkpoint", out / "last", "--eval_contexts", 2, "--out", tmp_path / "e")
     assert evaluated.returncode == 0, evaluated.stderr
@@ -1232,7 +1385,12 @@ def test_a_killed_run_is_resumed_to_the_same_bits_and_leaves_no_process(finished
     resumed = launch("--resume", tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert rows_without_seconds(tmp_path) == rows_without_seconds(finished[0])
-    for name in ("last/model.safetensors", "best/model.safetensors", "evaluation_SFT.json", "evaluation_RIPT.json"):
+    for name in (
+        "last/model.safetensors",
+        "best/model.safetensors",
+        "evaluation_SFT.json",
+        "evaluation_RIPT.json",
+    ):
         assert (tmp_path / name).read_bytes() == (finished[0] / name).read_bytes()
     assert not list(tmp_path.rglob("*.tmp*"))
 
@@ -1271,14 +1429,17 @@ def test_the_table_has_wilson_intervals_per_task_and_the_exact_test_of_pairs():
 
 
 def test_a_signal_ends_a_run_and_its_simulators_without_a_traceback(tmp_path):
-    """Two runs get theirs after an evaluation; the last gets Ctrl-C, which goes to all processes, during imports."""
+    """Two runs get theirs after an evaluation. The last gets Ctrl-C, as its simulators do, during imports."""
     cases = [(signal.SIGINT, "metrics.jsonl"), (signal.SIGTERM, "metrics.jsonl"), (signal.SIGINT, "imports")]
     folders = [tmp_path / str(i) for i in range(len(cases))]
     runs = []
     for out in folders:
         command = [sys.executable, HERE / "ript.py", *map(str, QUICK), "--iterations", "9", "--out", out]
-        runs.append(subprocess.Popen(command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                                     start_new_session=True))
+        runs.append(
+            subprocess.Popen(
+                command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+            )
+        )
     try:
         for run, out, (number, moment) in reversed(list(zip(runs, folders, cases))):
             # "imports" is when there are two simulators, and multiprocessing's own process.
@@ -1305,8 +1466,8 @@ def test_a_damaged_run_is_not_resumed_and_one_sentence_says_so(finished, tmp_pat
     path = tmp_path / "run/run.pt"
     content = bytearray(path.read_bytes())
     if damage == "changed":  # a few bytes of the weights
-        content[len(content) // 2:len(content) // 2 + 8] = bytes(range(8))
-    path.write_bytes(content[:len(content) // 2] if damage == "cut" else content)
+        content[len(content) // 2 : len(content) // 2 + 8] = bytes(range(8))
+    path.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
     if damage == "other":
         torch.save(dict(policy={}), path)
     done = launch("--resume", tmp_path / "run")
@@ -1314,8 +1475,24 @@ def test_a_damaged_run_is_not_resumed_and_one_sentence_says_so(finished, tmp_pat
     assert done.stderr.count("\n") == 1
 
 
-SHARED = ["--checkpoint", PRETRAINED, "--groups", 6, "--rollouts", 3, "--max_rejected", 0, "--iterations", 2,
-          "--eval_contexts", 2, "--eval_every", 1, "--seed", 1]
+SHARED = [
+    "--checkpoint",
+    PRETRAINED,
+    "--groups",
+    6,
+    "--rollouts",
+    3,
+    "--max_rejected",
+    0,
+    "--iterations",
+    2,
+    "--eval_contexts",
+    2,
+    "--eval_every",
+    1,
+    "--seed",
+    1,
+]
 
 
 def test_two_and_three_processes_give_the_gradient_of_one_on_the_same_groups(tmp_path):
@@ -1323,8 +1500,19 @@ def test_two_and_three_processes_give_the_gradient_of_one_on_the_same_groups(tmp
     alone = launch(*SHARED, "--workers", 2, "--out", tmp_path / "1")
     assert alone.returncode == 0, alone.stderr
     for n in (2, 3):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
-                   HERE / "ript.py", *map(str, SHARED), "--workers", "1", "--out", tmp_path / str(n)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={n}",
+            HERE / "ript.py",
+            *map(str, SHARED),
+            "--workers",
+            "1",
+            "--out",
+            tmp_path / str(n),
+        ]
         job = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert job.returncode == 0, job.stderr
         rows, expected = rows_without_seconds(tmp_path / str(n)), rows_without_seconds(tmp_path / "1")
@@ -1343,60 +1531,122 @@ def test_two_and_three_processes_give_the_gradient_of_one_on_the_same_groups(tmp
 def test_an_iteration_in_libero_with_the_small_policy(tmp_path, capfd):
     libero_or_skip()
     task = ["--suite", "libero_object", "--task", "0", "--workers", "2"]
-    imitation.main([*task, "--demos_per_task", "1", "--sft_steps", "4", "--scale_steps", "3", "--out",
-                    str(tmp_path / "sft")])
+    imitation.main(
+        [
+            *task,
+            "--demos_per_task",
+            "1",
+            "--sft_steps",
+            "4",
+            "--scale_steps",
+            "3",
+            "--out",
+            str(tmp_path / "sft"),
+        ]
+    )
     said = capfd.readouterr().out
     assert "SFT on 1 demonstrations" in said and "success in 1 of" in said  # the expert's, of few attempts
     bounds = json.loads((tmp_path / "sft/config.json").read_text())["statistics"]["action"]
     # The expert never turns the hand.
     assert bounds["q01"][3:6] == bounds["q99"][3:6] == [0, 0, 0] and bounds["q01"][6] == -1
-    done = launch(*task, "--checkpoint", tmp_path / "sft", "--groups", 1, "--rollouts", 2, "--iterations", 1,
-                  "--eval_contexts", 1, "--max_rejected", 0, "--out", tmp_path / "run")
+    done = launch(
+        *task,
+        "--checkpoint",
+        tmp_path / "sft",
+        "--groups",
+        1,
+        "--rollouts",
+        2,
+        "--iterations",
+        1,
+        "--eval_contexts",
+        1,
+        "--max_rejected",
+        0,
+        "--out",
+        tmp_path / "run",
+    )
     assert done.returncode == 0, done.stderr
     rows = rows_without_seconds(tmp_path / "run")
     assert rows[1]["env_steps"] >= 2 * 100 and rows[1]["rollouts"] == 2
 
 
 def test_an_iteration_of_openvla_oft_in_libero(tmp_path, monkeypatch):
-    """The released checkpoint's form, tiny and random: so every group is kept, and an episode has 16 steps."""
+    """The released checkpoint's form, tiny and random: every group is kept, and an episode has 16 steps."""
     libero_or_skip()
     golden("golden_oft")
     monkeypatch.setattr(ript.load_suite("libero_10"), "HORIZON", 16)
     monkeypatch.setattr(ript, "has_signal", lambda rewards: torch.ones(len(rewards), dtype=torch.bool))
     monkeypatch.setattr(ript, "leave_one_out_advantage", lambda rewards: rewards + torch.tensor([1.0, -1.0]))
-    run = ["--model", "openvla-oft", "--suite", "libero_long", "--task", "2", "--checkpoint", str(GOLDEN / "tiny_oft"),
-           "--eval_contexts", "2", "--workers", "2", "--collision", "true", "--image_size", "128"]
-    ript.main([*run, "--adapter", str(GOLDEN / LORA), "--rollouts", "2", "--groups", "1", "--iterations", "1",
-               "--out", str(tmp_path / "run")])
+    run = [
+        "--model",
+        "openvla-oft",
+        "--suite",
+        "libero_long",
+        "--task",
+        "2",
+        "--checkpoint",
+        str(GOLDEN / "tiny_oft"),
+        "--eval_contexts",
+        "2",
+        "--workers",
+        "2",
+        "--collision",
+        "true",
+        "--image_size",
+        "128",
+    ]
+    ript.main(
+        [
+            *run,
+            "--adapter",
+            str(GOLDEN / LORA),
+            "--rollouts",
+            "2",
+            "--groups",
+            "1",
+            "--iterations",
+            "1",
+            "--out",
+            str(tmp_path / "run"),
+        ]
+    )
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert rows[1]["kept"] == 1 and rows[1]["env_steps"] == 32 and rows[1]["updates"] == 1
     assert rows[1]["grad_norm"] > 0 and rows[1]["ratio_error"] < 1e-3 and rows[1]["scale"] > 0.5
-    start, end = (OpenVLAOFT.from_pretrained(GOLDEN / "tiny_oft", "libero_10", folder).state_dict()
-                  for folder in (GOLDEN / LORA, tmp_path / "run/last"))
+    start, end = (
+        OpenVLAOFT.from_pretrained(GOLDEN / "tiny_oft", "libero_10", folder).state_dict()
+        for folder in (GOLDEN / LORA, tmp_path / "run/last")
+    )
     moved = {name for name in start if (start[name] != end[name]).any()}
     assert any("action_head" in name for name in moved) and any("lora_" in name for name in moved)
     for name in moved:
         assert "action_head" in name or "language_model.model.layers" in name and "lora_" in name
     ript.main([*run, "--eval", "--adapter", str(tmp_path / "run/last"), "--out", str(tmp_path / "eval")])
     report.main([str(tmp_path / "eval")])
-    assert (tmp_path / "eval/evaluation.csv").read_text().count("\n") == 3 and (tmp_path / "eval/task2.mp4").exists()
+    assert (tmp_path / "eval/evaluation.csv").read_text().count("\n") == 3 and (
+        tmp_path / "eval/task2.mp4"
+    ).exists()
 
 
 def test_the_seven_billions_command_asks_the_hub_for_the_released_files(monkeypatch):
-    """torchrun ript.py --model openvla-oft --suite libero_long, with the tiny checkpoint in the hub's place."""
+    """torchrun ript.py --model openvla-oft --suite libero_long, with a tiny checkpoint in the hub's place."""
     golden("golden_oft")
     asked = []
 
     def download(repository, allow_patterns, ignore_patterns):
         asked.append((repository, allow_patterns))
         return str(GOLDEN / "tiny_oft")
+
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     cfg = config("--model", "openvla-oft", "--suite", "libero_long", "--device", "cpu")
     header = "openvla_oft/scale_header/LIBERO_LONG_scale_header.pth"
     assert cfg.scale_head == f"tanshh97/RIPT_VLA/{header}"
     assert (cfg.scale_multiplier, cfg.iterations, cfg.groups) == (5, 12, 24)
     policy = OpenVLAOFT.load(dataclasses.replace(cfg, scale_head=str(GOLDEN / SCALE)))
-    assert asked == [("moojink/openvla-7b-oft-finetuned-libero-10", ["*.json", "*.safetensors", "*_checkpoint.pt"])]
+    assert asked == [
+        ("moojink/openvla-7b-oft-finetuned-libero-10", ["*.json", "*.safetensors", "*_checkpoint.pt"])
+    ]
     assert policy.lora and policy.scale_multiplier == 5
     assert openvla_oft.fetch(cfg.scale_head) == GOLDEN / "tiny_oft" / header
     assert asked[1] == ("tanshh97/RIPT_VLA", [header, f"{header}/*"])
@@ -1408,19 +1658,34 @@ def test_imitation_fits_the_7bs_scale_head_alone_and_saves_the_released_form(tmp
     task = load_suite("libero_10").BENCHMARK.tasks[2]
     write_demonstration(tmp_path / f"{task.name}_demo.hdf5", size=128)
     arguments = ["--model", "openvla-oft", "--suite", "libero_10", "--task", "2", "--demos", str(tmp_path)]
-    imitation.main([*arguments, "--checkpoint", str(GOLDEN / "tiny_oft"), "--scale_steps", "20", "--out",
-                    str(tmp_path / "sft")])
+    imitation.main(
+        [
+            *arguments,
+            "--checkpoint",
+            str(GOLDEN / "tiny_oft"),
+            "--scale_steps",
+            "20",
+            "--out",
+            str(tmp_path / "sft"),
+        ]
+    )
     fitted = torch.load(tmp_path / "sft/scale_header.pth", weights_only=True)
     released = torch.load(GOLDEN / SCALE, weights_only=True)
     for part, head in released.items():
-        assert {name: p.shape for name, p in head.items()} == {name: p.shape for name, p in fitted[part].items()}
+        assert {name: p.shape for name, p in head.items()} == {
+            name: p.shape for name, p in fitted[part].items()
+        }
     start = OpenVLAOFT.from_pretrained(GOLDEN / "tiny_oft", "libero_10")
-    end = OpenVLAOFT.from_pretrained(GOLDEN / "tiny_oft", "libero_10", scale_head=tmp_path / "sft/scale_header.pth")
-    demo, = imitation.libero_demonstrations(demo_config(*arguments))
+    end = OpenVLAOFT.from_pretrained(
+        GOLDEN / "tiny_oft", "libero_10", scale_head=tmp_path / "sft/scale_header.pth"
+    )
+    (demo,) = imitation.libero_demonstrations(demo_config(*arguments))
     seen = [start.preprocess(look()) for look in demo.looks[:4]]
-    labels = np.array([demo.actions[t:t + 8] for t in range(4)])
+    labels = np.array([demo.actions[t : t + 8] for t in range(4)])
     texts = [task.language] * 4
-    before, after = (imitation.imitation_loss(policy, "scale", seen, texts, labels).item() for policy in (start, end))
+    before, after = (
+        imitation.imitation_loss(policy, "scale", seen, texts, labels).item() for policy in (start, end)
+    )
     assert after < before - 1
     with torch.no_grad():
         assert (start.predict(seen, texts)[0] == end.predict(seen, texts)[0]).all()  # the mean is as it was
@@ -1429,7 +1694,10 @@ def test_imitation_fits_the_7bs_scale_head_alone_and_saves_the_released_form(tmp
 @pytest.mark.parametrize("suite,task", [("libero_goal", 1), ("libero_10", 2)])
 def test_libero_resets_softly_to_the_stored_state_at_every_episode(suite, task):
     libero_or_skip()
-    simulator, cfg = load_suite(suite)(64, True), config("--suite", suite, "--task", task, "--eval_contexts", 2)
+    simulator, cfg = (
+        load_suite(suite)(64, True),
+        config("--suite", suite, "--task", task, "--eval_contexts", 2),
+    )
     contexts = ript.evaluation_contexts(cfg)
     try:
         states = []
@@ -1482,8 +1750,8 @@ def test_libero_demonstrations_give_observations_actions_and_contexts(tmp_path):
     task = load_suite("libero_goal").BENCHMARK.tasks[3]
     write_demonstration(tmp_path / f"{task.name}_demo.hdf5")
     cfg = demo_config("--suite", "libero_goal", "--task", 3, "--demos", tmp_path)
-    demo, = imitation.libero_demonstrations(cfg)
-    context, = imitation.demonstrated_contexts(cfg)
+    (demo,) = imitation.libero_demonstrations(cfg)
+    (context,) = imitation.demonstrated_contexts(cfg)
     with h5py.File(tmp_path / f"{task.name}_demo.hdf5") as file:
         source = file["data/demo_0"]
         assert (demo.actions == source["actions"][:]).all() and (context.state == source["states"][0]).all()
@@ -1496,7 +1764,7 @@ def test_libero_demonstrations_give_observations_actions_and_contexts(tmp_path):
     assert (context.task, context.instruction) == (3, task.language)
 
 
-# ------------------------------------------------------------------------- faults and interruptions
+# ----------------------------------------------------------------------------------- faults and interruptions
 FAULTY = """
 import os, signal, sys, threading
 from pathlib import Path
@@ -1581,8 +1849,18 @@ def faulty(tmp_path_factory):
             worker.close()
 
 
-@pytest.mark.parametrize("plan", ["kill reset 2", "kill step 3", "kill draw 5", "kill answer 1", "stop step 3",
-                                  "stop answer 1", "raise step 2"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "kill reset 2",
+        "kill step 3",
+        "kill draw 5",
+        "kill answer 1",
+        "stop step 3",
+        "stop answer 1",
+        "raise step 2",
+    ],
+)
 def test_a_simulator_that_dies_stops_or_raises_changes_nothing(monkeypatch, faulty, undisturbed, plan):
     workers, path = faulty
     # Those that are up answer within seconds; those that replace them have to import and build first.
@@ -1592,6 +1870,7 @@ def test_a_simulator_that_dies_stops_or_raises_changes_nothing(monkeypatch, faul
     def patient_start(worker):
         start(worker)
         worker.PATIENCE = 200
+
     monkeypatch.setattr(Worker, "start", patient_start)
     processes = {worker.process.pid for worker in workers}
     path.write_text(plan)
@@ -1624,8 +1903,23 @@ def test_the_rank_that_fails_says_so(monkeypatch, capsys, rank):
 
 
 def test_a_dead_rank_ends_the_job_and_is_named(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "ript.py",
-               *map(str, QUICK), "--workers", "1", "--iterations", "50", "--eval_every", "0", "--out", tmp_path]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        HERE / "ript.py",
+        *map(str, QUICK),
+        "--workers",
+        "1",
+        "--iterations",
+        "50",
+        "--eval_every",
+        "0",
+        "--out",
+        tmp_path,
+    ]
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "metrics.jsonl").exists():
         assert job.poll() is None
@@ -1643,13 +1937,14 @@ import sys
 
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"mujoco", "robosuite", "h5py", "matplotlib", "transformers", "peft", "libero", "tqdm"}:
+        if name.split(".")[0] in "mujoco robosuite h5py matplotlib transformers peft libero tqdm".split():
             raise ImportError(name)
 
 sys.meta_path.insert(0, Block())
 import torch, ript
 weight = ript.loss_weight(torch.ones(2, 3).bool())
-print(ript.ppo_clip_loss(torch.zeros(2, 3), torch.zeros(2, 3), ript.leave_one_out_advantage(torch.eye(2))[0], weight)[0])
+advantage = ript.leave_one_out_advantage(torch.eye(2))[0]
+print(ript.ppo_clip_loss(torch.zeros(2, 3), torch.zeros(2, 3), advantage, weight)[0])
 """
 
 
@@ -1658,450 +1953,7 @@ def test_the_formulas_need_nothing_but_torch_and_numpy():
     assert done.returncode == 0 and "tensor(" in done.stdout, done.stderr
 
 
-# ------------------------------------------------------------------------------------------------- policies/quest.py
-def assert_near(a, b, tolerance=1e-4):
-    assert_close(a, b, tolerance)
-
-
-def tiny_quest():
-    path = GOLDEN / "tiny_quest.pth"
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
-    return QueST.from_pretrained(path)
-
-
-def inputs_of(g):
-    names = dict(agentview="agentview_rgb", eye_in_hand="eye_in_hand_rgb", joint_states="joint_states", ee_pos="ee_pos",
-                 gripper_states="gripper_states", task_embedding="task_emb")
-    return {name: g[f"in.{key}"] for name, key in names.items()}
-
-
-def random_raw(seed=0):
-    """What the simulator hands over, random."""
-    rng = np.random.default_rng(seed)
-    shapes = dict(robot0_joint_pos=7, robot0_eef_pos=3, robot0_eef_quat=4, robot0_gripper_qpos=2)
-    return {name: rng.standard_normal(size) for name, size in shapes.items()} | {
-        f"{camera}_image": rng.integers(0, 256, (128, 128, 3), dtype=np.uint8)
-        for camera in ("agentview", "robot0_eye_in_hand")}
-
-
-@pytest.fixture
-def features(tmp_path, monkeypatch):
-    """A file of CLIP features of two instructions, random."""
-    rng = np.random.default_rng(0)
-    path = tmp_path / "clip.npz"
-    np.savez(path, **{text: rng.standard_normal(512).astype(np.float32) for text in (
-        "open the drawer", "close it", *ript.load_suite("libero_10").INSTRUCTIONS)})
-    monkeypatch.setattr(QueST, "CLIP", str(path))
-    return path
-
-
-# ------------------------------------------------------------------------------- the model agrees with the original
-def test_quest_encoders_agree_with_the_original():
-    g, policy, seen = golden("golden_quest"), tiny_quest(), {}
-    for camera in ("agentview_rgb", "eye_in_hand_rgb"):
-        encoder = policy.image_encoders[camera]
-        encoder.block_4.register_forward_hook(lambda _, __, out: seen.update(trunk=out))
-        encoder.projection_layer.projection.register_forward_hook(lambda _, given, out: seen.update(kp=given[0]))
-        encoder.register_forward_hook(lambda _, given, out: seen.update(img=given[0], enc=out))
-        with torch.no_grad():
-            encoder(g[f"in.{camera}"].permute(0, 3, 1, 2) / 255)
-        assert_near(seen["img"], g[f"img.{camera}"], 1e-6)
-        assert_near(seen["trunk"][:, :, ::3, ::3], g[f"trunk.{camera}"])
-        assert_near(seen["kp"], g[f"kp.{camera}"])
-        assert_near(seen["enc"], g[f"enc.{camera}"])
-    policy.obs_proj.register_forward_hook(lambda _, given, out: seen.update(cat=given[0], proj=out))
-    for name in ("joint_states", "ee_pos", "gripper_states"):
-        projection = policy.lowdim_encoders[name].projection
-        projection.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
-    context = policy.context(**inputs_of(g))
-    for name in ("joint_states", "ee_pos", "gripper_states"):
-        assert_near(seen[name], g[f"enc.{name}"])
-    assert_near(seen["cat"], g["obs.cat"])
-    assert_near(seen["proj"], g["obs.proj"])
-    assert_near(context[:, 0], g["task.token"])
-    assert context.shape == (3, 2, 96) and context.requires_grad
-    assert_near(context, g["context"])
-
-
-def test_quest_logits_log_probs_and_sampling_distribution_agree_with_the_original():
-    g, policy = golden("golden_quest"), tiny_quest()
-    context, indices = g["context"], g["in.action_indices"]
-    for gradient in (False, True):
-        with torch.set_grad_enabled(gradient):
-            assert_near(policy.policy_prior(context, indices[:, :-1]), g["gpt.logits"])
-            assert_near(policy.token_log_prob(context, indices), g["gpt.logprobs"])
-    with torch.no_grad():
-        assert torch.equal(*(policy.token_log_prob(context, indices) for _ in range(2)))
-        assert_near(policy.token_log_prob(context, indices), policy.token_log_prob(context[[0, 1, 2, 0]],
-                                                                                    indices[[0, 1, 2, 0]])[:3], 1e-5)
-    words = policy.policy_prior.tok_emb(torch.nn.functional.pad(indices[:, :-1], (1, 0), value=1000))
-    assert_near(words + policy.policy_prior.add_positional_emb.penc(8), g["gpt.tok_plus_pos"])
-    for width in (256, 384):
-        assert_near(quest.Positions(width)(32), g[f"pos.{width}"])
-    drawn = torch.zeros(3, 0, dtype=torch.long)
-    torch.manual_seed(1234)
-    for step in range(8):  # as the original draws: its stream of random numbers gives its tokens
-        logits = policy.policy_prior(context, drawn)[:, -1]
-        top = logits.topk(5)
-        assert torch.equal(top.indices, g["sampled.top5_indices"][:, step])
-        assert_near(top.values.softmax(-1), g["sampled.top5_probs"][:, step])
-        picked = torch.multinomial(top.values.softmax(-1), 1)
-        drawn = torch.cat([drawn, top.indices.gather(-1, picked)], 1)
-    assert torch.equal(drawn, g["sampled.indices"])
-
-
-def test_quest_fsq_and_decoded_actions_agree_with_the_original():
-    g, policy = golden("golden_quest"), tiny_quest()
-    seen = {}
-    policy.autoencoder.vq.project_out.register_forward_hook(lambda _, given, out: seen.update(codes=given[0], out=out))
-    policy.decode_actions(torch.arange(1000).view(125, 8))
-    assert torch.equal(seen["codes"].flatten(0, 1), g["fsq.codes"])
-    assert_near(seen["out"].flatten(0, 1), g["fsq.codes_out"])
-    policy.decode_actions(g["fsq.z_indices"].long().view(50, 8))
-    assert torch.equal(seen["codes"].flatten(0, 1), g["fsq.z_codes"])
-    actions = policy.decode_actions(g["in.action_indices"])
-    assert_near(actions, g["ae.actions"])
-    assert_near(actions[:, :8].transpose(0, 1), g["ae.actions_horizon"])
-    assert_near(policy.decode_actions(g["in.action_indices"][:, [3, 0, 7, 1, 6, 2, 5, 4]]), g["ae.actions_perm"])
-    assert_near(policy.decode_actions(g["sampled.indices"]), g["sampled.actions"])
-    chunk = policy.decode_actions(g["sampled.indices"])[:, :8].transpose(0, 1)
-    assert_near(chunk, g["sampled.queue"])
-    assert_near(chunk.clamp(-1, 1), g["sampled.queue_clipped"])
-
-
-def test_quest_gradients_agree_with_the_original():
-    g, policy = golden("golden_quest"), tiny_quest()
-    mask, rows, tokens = g["adapter.mask"], g["adapter.ctx_row"], g["adapter.idx_row"]
-    log_prob = policy.token_log_prob(g["context"][rows.flatten()], g["in.action_indices"][tokens.flatten()])
-    log_prob = log_prob.view(3, 3, 8)
-    assert_near(torch.where(mask, log_prob, 1.0).flatten(1), g["adapter.logprobs"])
-    assert mask.sum() == 8 * g["adapter.steps"].sum()
-    log_prob[mask].sum().backward()
-    named = dict(policy.policy_prior.named_parameters())
-    names = json.loads((GOLDEN / "golden_quest.json").read_text())["gpt_param_names"]
-    assert list(named) == names
-    for name, norm, probe in zip(names, g["gpt.grad_norm"], g["gpt.grad_probe"]):
-        gradient = named[name].grad.double().flatten()
-        assert gradient.norm().item() == pytest.approx(norm.item(), rel=1e-4, abs=1e-4)
-        direction = torch.cos(0.7 * torch.arange(len(gradient), dtype=torch.float64))
-        assert (gradient * direction).sum().item() == pytest.approx(probe.item(), abs=1e-3)
-    for name in ("lnf.weight", "head.bias", "decoder.layers.0.norm1.weight", "decoder.layers.5.linear2.bias"):
-        assert_near(named[name].grad, g[f"gpt.grad.{name}"])
-    assert_near(named["tok_emb.weight"].grad[1000], g["gpt.grad.tok_emb_start"])
-    assert all(p.grad is None for name, p in policy.named_parameters() if not name.startswith("policy_prior."))
-
-
-def test_quest_ript_update_agrees_with_the_original():
-    """The original's two passes of three minibatches of 4, the last of which is padding, which counts for nothing."""
-    g, policy = golden("golden_quest"), tiny_quest()
-    before = {name: p.detach().clone() for name, p in policy.policy_prior.named_parameters()}
-    optimizer = torch.optim.AdamW(policy.parameter_groups(), lr=2e-4)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    rows, steps = g["upd.rows"], g["upd.steps"]
-    tokens = (rows + torch.arange(8)[:, None]) % 3
-    mask = (torch.arange(3) < steps[:, None])[..., None].expand(-1, -1, 8)  # E Q T
-    advantage = ript.leave_one_out_advantage(g["upd.success"].float().view(2, 4)).flatten()
-    assert_near(advantage, g["upd.advantage"][:8], 1e-6)
-
-    def log_prob(chosen):
-        flat = policy.token_log_prob(g["context"][rows[chosen].flatten()],
-                                     g["in.action_indices"][tokens[chosen].flatten()])
-        return flat.view(len(chosen), 24)
-
-    everything = torch.arange(8)
-    old = log_prob(everything).detach()
-    assert_near(torch.where(mask.flatten(1), old, 1.0), g["upd.old_logprob"][:8])
-    step = 0
-    for _ in range(2):
-        for chosen in (everything[:4], everything[4:], everything[:0]):
-            m = mask[chosen].flatten(1)
-            optimizer.zero_grad()
-            if len(chosen):
-                weight = ript.loss_weight(m, "token")
-                loss, stats = ript.ppo_clip_loss(log_prob(chosen), old[chosen], advantage[chosen], weight, 0.2)
-                loss.backward()
-                assert_near(loss, g["upd.pg_loss"][step])
-                share = m.float().mean()  # the original's means include masked tokens, of ratio 1
-                assert_near(stats["ratio"] * share + 1 - share, g["upd.ratio"][step])
-                assert_near(stats["clip_frac"] * share, g["upd.clipfrac"][step])
-            else:
-                for p in parameters:
-                    p.grad = torch.zeros_like(p)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            assert norm.item() == pytest.approx(g["upd.grad_norm"][step].item(), rel=1e-3, abs=1e-6)
-            optimizer.step()
-            step += 1
-    names = json.loads((GOLDEN / "golden_quest.json").read_text())["gpt_param_names"]
-    for name, norm, probe in zip(names, g["upd.delta_norm"], g["upd.delta_probe"]):
-        if "in_proj_bias" not in name:  # the gradient of its keys' part is zero, which AdamW makes steps of noise of
-            change = (dict(policy.policy_prior.named_parameters())[name] - before[name]).detach().double().flatten()
-            assert change.norm().item() == pytest.approx(norm.item(), rel=2e-3)
-            direction = torch.cos(0.7 * torch.arange(len(change), dtype=torch.float64))
-            assert (change * direction).sum().item() == pytest.approx(probe.item(), abs=1e-3)
-    after = torch.where(mask.flatten(1), log_prob(everything), 1.0)
-    torch.testing.assert_close(after, g["upd.new_logprob"], atol=2e-3, rtol=2e-3)
-
-
-@pytest.mark.parametrize("case", ["plain", "ragged", "padded", "asym", "seqavg", "minibatch", "accum", "all_invalid"])
-def test_token_level_loss_and_gradients_agree_with_the_original(case):
-    g = golden("golden_quest_loss")
-    cfg = json.loads((GOLDEN / "golden_quest_loss.json").read_text())["cases"][case]["config"]
-    field = {key.split(".")[1]: value for key, value in g.items() if key.split(".")[0] == case}
-    valid, mask = field["valid"].bool(), field["mask"].flatten(1).bool()
-    advantage, size = field["advantage"].float(), cfg["mb"]
-    per, clip = "token" if cfg["token_avg"] else "episode", (cfg["low"], cfg["high"])
-    gradients = torch.zeros_like(field["new"])
-    starts, losses, steps = range(0, len(mask), size), [], []
-    for number, start in enumerate(starts):
-        part = slice(start, start + size)
-        new = field["new"].clone().requires_grad_()
-        m = mask[part] & valid[part][:, None]  # padding is no episode here
-        weight = ript.loss_weight(m, per)
-        loss, stats = ript.ppo_clip_loss(new[part], field["old"][part], advantage[part], weight, clip)
-        losses.append(loss.item())
-        loss.backward()
-        gradients = gradients + new.grad
-        if (number + 1) % cfg["accum"] == 0:
-            if cfg["clip"]:
-                gradients = gradients * min(1, cfg["clip"] / (gradients.norm().item() + 1e-6))
-            steps.append(gradients)
-            gradients = torch.zeros_like(field["new"])
-    assert_near(torch.tensor(losses), field["loss"].flatten(), 1e-5)
-    assert_near(torch.stack(steps), field["grads"], 1e-5)
-
-
-# -------------------------------------------------------------------------------------------------------- its files
-def test_quest_has_every_key_and_shape_of_the_released_files():
-    path = GOLDEN / "quest_state_dict_real.json"
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
-    real = json.loads(path.read_text())
-    with torch.device("meta"):
-        policy = QueST()
-    shapes = {name: [list(x.shape), str(x.dtype).split(".")[1]] for name, x in policy.state_dict().items()}
-    assert shapes == real["state_dict"] and list(shapes) == list(real["state_dict"])
-    assert sum(p.numel() for p in policy.parameters()) == real["num_parameters"]
-
-
-def test_quest_reads_sft_and_ript_files_and_its_own_strictly(tmp_path):
-    policy = tiny_quest()
-    weights = torch.load(GOLDEN / "tiny_quest.pth", weights_only=True)["model"]
-    assert all(torch.equal(weights[name], value) for name, value in policy.state_dict().items())
-    wrapped = {f"module.{name}": value for name, value in weights.items()}
-    torch.save(dict(model=wrapped), tmp_path / "ript.pth")
-    torch.save(wrapped, tmp_path / "bare.pth")
-    policy.save(tmp_path / "best")
-    assert [path.name for path in (tmp_path / "best").iterdir()] == ["quest.pth"]
-    cfg = ript.Config(device="cpu", suite="libero_10", checkpoint=str(tmp_path / "ript.pth"))
-    best = ript.Config(device="cpu", suite="libero_10", checkpoint=str(tmp_path / "best"))
-    bare = QueST.from_pretrained(tmp_path / "bare.pth")
-    for other in (QueST.load(cfg), QueST.load(best), bare):
-        assert all(torch.equal(weights[name], value) for name, value in other.state_dict().items())
-    state = policy.state_dict()
-    with torch.no_grad():
-        state["policy_prior.head.bias"] += 1
-    policy.save(tmp_path / "best")
-    assert_near(QueST.load(best).policy_prior.head.bias, weights["policy_prior.head.bias"] + 1)
-
-
-class Intruder:
-    """Unpickling it writes a file."""
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def damaged(kind, path):
-    """A file that is no QueST, in one of the ways there are."""
-    weights = torch.load(GOLDEN / "tiny_quest.pth", weights_only=True)["model"]
-    if kind == "truncated":
-        path.write_bytes((GOLDEN / "tiny_quest.pth").read_bytes()[:200_000])
-    elif kind == "text":
-        path.write_text("not a checkpoint")
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "code":
-        torch.save(dict(model=weights, more=Intruder(path.parent / "intruder")), path)
-    elif kind == "foreign":
-        torch.save(dict(model=dict(weight=torch.zeros(3))), path)
-    elif kind == "bare tensor":
-        torch.save(torch.zeros(3), path)
-    elif kind == "a key less":
-        torch.save(dict(model={k: v for k, v in weights.items() if k != "autoencoder.action_proj.weight"}), path)
-    elif kind == "a key more":
-        torch.save(dict(model=weights | dict(more=torch.zeros(1))), path)
-    elif kind == "a shape":
-        torch.save(dict(model=weights | {"obs_proj.bias": torch.zeros(7)}), path)
-
-
-@pytest.mark.parametrize("kind", ["missing", "truncated", "text", "code", "foreign", "a key less", "a key more",
-                                  "a shape"])
-def test_quest_says_in_a_sentence_that_a_file_is_no_checkpoint(kind, tmp_path):
-    tiny_quest()
-    damaged(kind, tmp_path / "some.pth")
-    with pytest.raises(ript.UserError, match="some.pth"):
-        QueST.from_pretrained(tmp_path / "some.pth")
-    assert not (tmp_path / "intruder").exists()  # what is downloaded is not executed
-
-
-def test_quest_names_the_released_file_of_a_suite_and_says_when_it_cannot_be_fetched(monkeypatch, tmp_path):
-    asked, path = [], GOLDEN / "tiny_quest.pth"
-    tiny_quest()
-    with monkeypatch.context() as patch:
-        patch.setattr(quest.transformers.utils, "cached_file", lambda hub, name: asked.append((hub, name)) or path)
-        for suite in ript.LIBERO:
-            QueST.load(ript.Config(device="cpu", suite=suite))
-        QueST.load(ript.Config(device="cpu", checkpoint="quest/LIBERO_90_ript.pth"))
-    names = ("SPATIAL_sft", "OBJECT_sft", "GOAL_sft", "LONG_sft", "90_sft", "90_ript")
-    assert asked == [("tanshh97/RIPT_VLA", f"quest/LIBERO_{name}.pth") for name in names]
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ript.UserError, match="quest/LIBERO_90_sft.pth"):
-        QueST.load(ript.Config(device="cpu", suite="libero_90"))
-
-
-# ------------------------------------------------------------------------------------------------------ the protocol
-def test_quest_acts_in_the_environments_units_and_scores_what_it_drew(features):
-    policy, raw = tiny_quest(), [random_raw(seed) for seed in range(3)]
-    seen = [policy.preprocess(r) for r in raw]
-    assert np.array_equal(seen[0]["agentview"], raw[0]["agentview_image"])  # upside down, as QueST was trained
-    texts = ["open the drawer", "close it", "open the drawer"]
-    records = policy.act(seen, texts, [np.random.default_rng(seed) for seed in range(3)])
-    for record in records:
-        assert record["actions"].shape == (policy.chunk, 7) and np.abs(record["actions"]).max() <= 1
-        assert record["indices"].shape == record["log_prob"].shape == (8,) and 1 <= record["scale"] < 1000
-        assert not any(array.nbytes > 10_000 for array in record.values())  # no pictures
-    before = [record["log_prob"] for record in records]
-    calls = []
-    for encoder in policy.image_encoders.values():
-        encoder.register_forward_hook(lambda *_: calls.append(1))
-    log_prob = policy.log_prob(records)
-    assert log_prob.requires_grad and not calls
-    assert np.array_equal(log_prob.detach().numpy(), np.stack(before))  # the very function that scored them
-    decoded = policy.decode_actions(torch.tensor(np.stack([record["indices"] for record in records])))
-    assert_near(decoded[:, :8].clamp(-1, 1), np.stack([record["actions"] for record in records]), 1e-5)
-
-
-def test_quest_draws_from_each_rows_generator_whatever_the_batch(features):
-    policy, seen = tiny_quest(), [tiny_quest().preprocess(random_raw(seed)) for seed in range(3)]
-    draw = lambda rows, explore: [record["indices"].tolist() for record in policy.act(
-        [seen[i] for i in rows], ["close it"] * len(rows),
-        [np.random.default_rng(i) if explore else None for i in rows])]
-    together = draw([0, 1, 2], True)
-    assert together == [draw([i], True)[0] for i in range(3)] == draw([2, 0, 1], True)[1:] + draw([2], True)
-    assert together != draw([0, 1, 2], False)  # evaluation draws too, of the picture's own noise
-    assert draw([0, 1, 2], False) == [draw([i], False)[0] for i in range(3)]
-    noise = []
-    policy.sample = lambda context, generators: noise.extend(g.random() for g in generators) or torch.zeros(3, 8).long()
-    draw([0, 1, 2], False)
-    assert len(set(noise)) == 3
-
-
-def test_quest_samples_the_top_5_as_released_and_all_with_top_k_0():
-    g, policy = golden("golden_quest"), tiny_quest()
-    context = g["context"][:1].expand(2000, -1, -1)
-    generators = [np.random.default_rng(i) for i in range(2000)]
-    with torch.no_grad():
-        first = policy.sample(context, generators)[:, 0]
-        shares = torch.stack([(first == token).float().mean() for token in g["sampled.top5_indices"][0, 0]])
-        assert shares.sum() == 1
-        assert (shares - g["sampled.top5_probs"][0, 0]).abs().max() < 0.04  # 3.5 standard deviations
-        policy.top_k = 0
-        first = policy.sample(context, generators)[:, 0]
-        density = policy.policy_prior(context[:1], first[:1, None][:, :0])[0, -1].softmax(-1)
-    shares = torch.bincount(first, minlength=1000) / 2000
-    assert (shares - density).abs().max() < 0.04 and (shares > 0).sum() > 20
-    assert_near((shares * density.log()).sum(), (density * density.log()).sum(), 0.05)  # scored as it is drawn
-
-
-def test_quest_trains_skillgpt_alone_with_the_released_weight_decay():
-    policy = tiny_quest()
-    decay, rest = policy.parameter_groups()
-    assert (decay["weight_decay"], rest["weight_decay"]) == (1e-4, 0)
-    names = {id(p): name for name, p in policy.named_parameters()}
-    assert len(decay["params"]) == 25 and len(rest["params"]) == 52
-    endings = ("in_proj_weight", "out_proj.weight", "linear1.weight", "linear2.weight", "head.weight")
-    assert all(names[id(p)].endswith(endings) for p in decay["params"])
-    assert {names[id(p)] for p in decay["params"] + rest["params"]} == {
-        name for name, p in policy.named_parameters() if p.requires_grad} == {
-        name for name, _ in policy.named_parameters() if name.startswith("policy_prior.")}
-
-
-def test_quest_presets_name_settings_that_there_are():
-    assert set(QueST.PRESET) == set(ript.LIBERO)
-    for preset in QueST.PRESET.values():
-        ript.Config(**preset)
-    long = ript.Config(**QueST.PRESET["libero_10"])
-    assert (long.rollouts, long.groups, long.passes, long.clip, long.lr, long.loss_per) == (8, 180, 20, 0.2, 1e-6, "token")
-
-
-# ------------------------------------------------------------------------------------------------ the instruction
-def small_clip(directory):
-    """A CLIP of two layers and letters for tokens, in the form that the hub has."""
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-    directory.mkdir()
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    words = letters + [f"{letter}</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    (directory / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (directory / "merges.txt").write_text("#version: 0.2\n")
-    tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    text = dict(tower, vocab_size=len(words), bos_token_id=len(words) - 2, eos_token_id=len(words) - 1)
-    torch.manual_seed(0)
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=dict(tower, image_size=32, patch_size=16),
-                                projection_dim=512)).eval()
-    clip.save_pretrained(directory)
-    CLIPTokenizer(str(directory / "vocab.json"), str(directory / "merges.txt")).save_pretrained(directory)
-    return clip
-
-
-def test_quest_takes_clips_feature_of_an_instruction_once(tmp_path, monkeypatch):
-    clip = small_clip(tmp_path / "clip")
-    monkeypatch.setattr(QueST, "CLIP", str(tmp_path / "clip"))
-    feature = quest.text_feature("open it", QueST.CLIP)
-    assert feature.shape == (512,) and feature.dtype == np.float32
-    letters = [ord(c) - ord("a") for c in "ope"]
-    letters += [26 + ord("n") - ord("a"), ord("i") - ord("a"), 26 + ord("t") - ord("a")]
-    ids = torch.tensor([[52, *letters, 53]])
-    hidden = clip.text_model(ids).last_hidden_state[0, -1]  # at the end of text
-    assert_near(feature, clip.text_projection(hidden).detach(), 1e-5)
-    padded = torch.cat([ids, torch.full((1, 5), 53)], 1)  # the released code pads; it makes no difference
-    output = clip.get_text_features(padded, attention_mask=(torch.arange(13) < 8).long()[None])
-    assert_near(feature, output.pooler_output[0].detach(), 1e-5)
-    monkeypatch.setattr(quest.transformers.CLIPModel, "from_pretrained", None)
-    assert quest.text_feature("open it", QueST.CLIP) is feature
-
-
-def test_quest_says_in_a_sentence_what_feature_is_missing(features, tmp_path):
-    (tmp_path / "bad.npz").write_text("no array")
-    for source in (features, tmp_path / "bad.npz", tmp_path / "none.npz", tmp_path):
-        with pytest.raises(ript.UserError, match="stand on your head.*QUEST_CLIP"):
-            quest.text_feature("stand on your head", str(source))
-
-
-def test_an_iteration_of_quest_in_libero(features, tmp_path, monkeypatch):
-    """Through the protocol alone: 20 passes over tokens; the rewards are pretended, an episode has 16 steps."""
-    libero_or_skip()
-    tiny_quest()
-    monkeypatch.setattr(ript.load_suite("libero_10"), "HORIZON", 16)
-    monkeypatch.setattr(ript, "has_signal", lambda rewards: torch.ones(len(rewards), dtype=torch.bool))
-    monkeypatch.setattr(ript, "leave_one_out_advantage", lambda rewards: rewards + torch.tensor([1.0, -1.0]))
-    run = ["--model", "quest", "--suite", "libero_long", "--task", "2", "--eval_contexts", "1", "--workers", "2",
-           "--collision", "true"]
-    ript.main([*run, "--checkpoint", str(GOLDEN / "tiny_quest.pth"), "--rollouts", "2", "--groups", "2", "--lr", "1e-4",
-               "--iterations", "1", "--out", str(tmp_path / "run")])
-    row = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[1])
-    assert (row["kept"], row["env_steps"], row["updates"]) == (2, 64, 20) and row["ratio_error"] < 1e-4
-    start, end = tiny_quest().state_dict(), QueST.from_pretrained(tmp_path / "run/last").state_dict()
-    moved = {name for name in start if (start[name] != end[name]).any()}
-    assert moved and all(name.startswith("policy_prior") for name in moved)
-    ript.main([*run, "--eval", "--checkpoint", str(tmp_path / "run/last"), "--out", str(tmp_path / "eval")])
-    assert len(json.loads((tmp_path / "eval/evaluation_success.json").read_text())) == 1
-
-
-# ------------------------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------------------- the command line
 MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared below
     ("--rollout 8", "unrecognized arguments: --rollout"),
     ("--suite libero", "libero_spatial, libero_object"),
@@ -2129,7 +1981,10 @@ MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared bel
     ("--checkpoint no/such/run", "no such file or directory, and nothing from the hub"),
     ("--checkpoint {tmp}/none", "cannot read {tmp}/none"),
     ("--checkpoint {tmp}/corrupt", "cannot read {tmp}/corrupt/model.safetensors"),
-    ("--checkpoint {tmp}/other", "cannot read {tmp}/other/config.json: ValueError: it is not a tiny policy's"),
+    (
+        "--checkpoint {tmp}/other",
+        "cannot read {tmp}/other/config.json: ValueError: it is not a tiny policy's",
+    ),
     ("--checkpoint {tmp}/smaller", "cannot read {tmp}/smaller/model.safetensors: RuntimeError"),
     ("--checkpoint {tmp}/bounds", "{tmp}/bounds/config.json: ValueError: q99 of action must be 7 numbers"),
     ("--resume {tmp}/none", "cannot read {tmp}/none/config.json"),
@@ -2181,7 +2036,10 @@ MISTAKES_OF_CHECKPOINTS = [  # of the released form; {tmp} is prepared below
     (LONG_7B + "--scale_head=", "explores with a scale head"),
     (LONG_7B + "--eval --checkpoint nobody/nothing", "cannot read nobody/nothing"),
     (OFT + "--eval --suite libero_goal", "is for libero_10_no_noops, not 'libero_goal'"),
-    (OFT + "--scale_head {tmp}/oft/action_head--1000_checkpoint.pt", "cannot read {tmp}/oft/action_head--1000"),
+    (
+        OFT + "--scale_head {tmp}/oft/action_head--1000_checkpoint.pt",
+        "cannot read {tmp}/oft/action_head--1000",
+    ),
     (OFT + "--scale_head {tmp}/none.pth", "cannot read {tmp}/none.pth"),
     (OFT + "--adapter nobody/nothing/inside", "cannot read nobody/nothing/inside"),
     (OFT + "--adapter {tmp}/none", "cannot read {tmp}/none"),
@@ -2191,22 +2049,41 @@ MISTAKES_OF_CHECKPOINTS = [  # of the released form; {tmp} is prepared below
     (OFT + "--adapter {tmp}/cut", "cannot read {tmp}/cut/adapter_model.safetensors"),
     (OFT + "--adapter {tmp}/headless", "cannot read {tmp}/headless/openvla_headers.pt"),
     (OFT + "--adapter {tmp}/one_head", "{tmp}/one_head/openvla_headers.pt: KeyError: 'scale_header'"),
-    (OFT + "--adapter {tmp}/use_dora", "{tmp}/use_dora/adapter_config.json: ValueError: adapters with use_dora = True"),
+    (
+        OFT + "--adapter {tmp}/use_dora",
+        "{tmp}/use_dora/adapter_config.json: ValueError: adapters with use_dora = True",
+    ),
     (OFT + "--adapter {tmp}/peft_type", "adapters with peft_type = 'IA3' are not supported"),
-    (OFT + "--adapter {tmp}/alpha_pattern", "adapters with alpha_pattern = {{'q_proj': 8}} are not supported"),
+    (
+        OFT + "--adapter {tmp}/alpha_pattern",
+        "adapters with alpha_pattern = {{'q_proj': 8}} are not supported",
+    ),
     (OFT + "--adapter {tmp}/target_modules", "{tmp}/target_modules/adapter_model.safetensors: ValueError"),
     (OFT + "--scale_head {tmp}/part.pth", "cannot read {tmp}/part.pth: RuntimeError"),
     (LONG_7B + "--eval --checkpoint {tmp}/half", "cannot read {tmp}/half/model-00002-of-00003.safetensors"),
     (LONG_7B + "--eval --checkpoint {tmp}/less", "cannot read {tmp}/less/model-00003-of-00003.safetensors"),
-    (LONG_7B + "--eval --checkpoint {tmp}/unlisted", "{tmp}/unlisted: RuntimeError: Error(s) in loading state_dict"),
+    (
+        LONG_7B + "--eval --checkpoint {tmp}/unlisted",
+        "{tmp}/unlisted: RuntimeError: Error(s) in loading state_dict",
+    ),
     (LONG_7B + "--eval --checkpoint {tmp}/pickle", "{tmp}/pickle/action_head--1000_checkpoint.pt"),
-    (LONG_7B + "--eval --checkpoint {tmp}/two_heads", "action_head--1000_checkpoint.pt, action_head--2000_checkpoint.pt"),
-    (LONG_7B + "--eval --checkpoint {tmp}/statistics", "{tmp}/statistics/dataset_statistics.json: ValueError: q01 of "
-     "proprio must be 8 numbers"),
+    (
+        LONG_7B + "--eval --checkpoint {tmp}/two_heads",
+        "action_head--1000_checkpoint.pt, action_head--2000_checkpoint.pt",
+    ),
+    (
+        LONG_7B + "--eval --checkpoint {tmp}/statistics",
+        "{tmp}/statistics/dataset_statistics.json: ValueError: q01 of proprio must be 8 numbers",
+    ),
     (LONG_7B + "--eval --checkpoint {tmp}/wordless", "cannot read {tmp}/wordless/tokenizer.json"),
-    (LONG_7B + "--eval --checkpoint {tmp}/words", "{tmp}/words/tokenizer.json: ValueError: it is not Llama's"),
+    (
+        LONG_7B + "--eval --checkpoint {tmp}/words",
+        "{tmp}/words/tokenizer.json: ValueError: it is not Llama's",
+    ),
 ]
-BAD_ADAPTERS = dict(use_dora=True, peft_type="IA3", alpha_pattern=dict(q_proj=8), target_modules=["q_proj", "v_proj"])
+BAD_ADAPTERS = dict(
+    use_dora=True, peft_type="IA3", alpha_pattern=dict(q_proj=8), target_modules=["q_proj", "v_proj"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -2226,7 +2103,9 @@ def broken_checkpoints(tmp_path_factory):
     index = json.loads((tmp / "unlisted/model.safetensors.index.json").read_text())
     index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if "00002" not in shard}
     (tmp / "unlisted/model.safetensors.index.json").write_text(json.dumps(index))
-    torch.save({"weight": Path("a class that is not a tensor")}, tmp / "pickle/action_head--1000_checkpoint.pt")
+    torch.save(
+        {"weight": Path("a class that is not a tensor")}, tmp / "pickle/action_head--1000_checkpoint.pt"
+    )
     head = tmp / "two_heads/action_head--1000_checkpoint.pt"
     shutil.copyfile(head, tmp / "two_heads/action_head--2000_checkpoint.pt")
     statistics = json.loads((tmp / "statistics/dataset_statistics.json").read_text())
@@ -2293,7 +2172,9 @@ def test_a_mistake_in_stage_2_gets_one_sentence_and_status_2(tmp, capsys, argume
 
 
 @pytest.mark.parametrize("arguments,sentence", MISTAKES_OF_CHECKPOINTS)
-def test_a_checkpoint_that_does_not_fit_gets_one_sentence(no_simulators, broken_checkpoints, capsys, arguments, sentence):
+def test_a_checkpoint_that_does_not_fit_gets_one_sentence(
+    no_simulators, broken_checkpoints, capsys, arguments, sentence
+):
     said = one_sentence_of(ript, arguments + " --out {tmp}/out", broken_checkpoints, capsys)
     assert sentence.format(tmp=broken_checkpoints) in said
 
@@ -2311,7 +2192,9 @@ def test_a_shard_that_the_index_does_not_name_is_not_read(oft, tmp_path):
 
 
 def test_simulators_import_neither_transformers_nor_peft():
-    program = "import sys, ript; ript.load_suite('tabletop'); print({'transformers', 'peft'} & sys.modules.keys())"
+    program = (
+        "import sys, ript; ript.load_suite('tabletop'); print({'transformers', 'peft'} & sys.modules.keys())"
+    )
     done = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
 
@@ -2354,13 +2237,23 @@ def test_a_run_stays_what_it_is(no_simulators, finished, capsys, arguments, sent
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("settings,device", [
-    (dict(), "0"), (dict(LOCAL_RANK="1"), "1"), (dict(LOCAL_RANK="2"), None), (dict(CUDA_VISIBLE_DEVICES=""), "0"),
-    (dict(CUDA_VISIBLE_DEVICES="1"), "1"), (dict(CUDA_VISIBLE_DEVICES="0, 1", LOCAL_RANK="1"), "1"),
-    (dict(CUDA_VISIBLE_DEVICES="5"), None), (dict(CUDA_VISIBLE_DEVICES="-1"), "0"),
-    (dict(CUDA_VISIBLE_DEVICES="GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", LOCAL_RANK="1"), "1"),
-    (dict(CUDA_VISIBLE_DEVICES="MIG-GPU-8932f937/1/0"), "0"), (dict(MUJOCO_EGL_DEVICE_ID="7"), "7"),
-    (dict(MUJOCO_GL="osmesa"), None)])
+@pytest.mark.parametrize(
+    "settings,device",
+    [
+        (dict(), "0"),
+        (dict(LOCAL_RANK="1"), "1"),
+        (dict(LOCAL_RANK="2"), None),
+        (dict(CUDA_VISIBLE_DEVICES=""), "0"),
+        (dict(CUDA_VISIBLE_DEVICES="1"), "1"),
+        (dict(CUDA_VISIBLE_DEVICES="0, 1", LOCAL_RANK="1"), "1"),
+        (dict(CUDA_VISIBLE_DEVICES="5"), None),
+        (dict(CUDA_VISIBLE_DEVICES="-1"), "0"),
+        (dict(CUDA_VISIBLE_DEVICES="GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", LOCAL_RANK="1"), "1"),
+        (dict(CUDA_VISIBLE_DEVICES="MIG-GPU-8932f937/1/0"), "0"),
+        (dict(MUJOCO_EGL_DEVICE_ID="7"), "7"),
+        (dict(MUJOCO_GL="osmesa"), None),
+    ],
+)
 def test_pictures_are_drawn_by_the_trainers_gpu_where_there_are_enough(monkeypatch, settings, device):
     monkeypatch.setattr(headless, "egl_devices", lambda: 2)
     for name in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "MUJOCO_EGL_DEVICE_ID"):
@@ -2374,7 +2267,9 @@ def test_pictures_are_drawn_by_the_trainers_gpu_where_there_are_enough(monkeypat
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
-@pytest.mark.parametrize("config", [None, "", "[]", "assets: /elsewhere", "benchmark_root: {root}\nassets: {root}"])
+@pytest.mark.parametrize(
+    "config", [None, "", "[]", "assets: /elsewhere", "benchmark_root: {root}\nassets: {root}"]
+)
 def test_libero_gets_paths_that_fit_whatever_it_finds(monkeypatch, tmp_path, config):
     folder = tmp_path / "old"
     if config is not None:
@@ -2384,7 +2279,9 @@ def test_libero_gets_paths_that_fit_whatever_it_finds(monkeypatch, tmp_path, con
     monkeypatch.setenv("LIBERO_CONFIG_PATH", str(folder))
     headless.set_libero_paths(tmp_path / "private")
     program = "from libero.libero import get_libero_path; print(get_libero_path('bddl_files'))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 0 and Path(done.stdout.strip()).is_dir() and done.stdout.count("\n") == 1
 
 
@@ -2411,7 +2308,9 @@ def test_help_reads_as_documentation(arguments):
     done = launch(*arguments)
     assert done.returncode == 0 and "Algorithm 1   repeat M times:" in done.stdout
     for field in dataclasses.fields(Config):
-        assert f"--{field.name}" in done.stdout and " ".join(field.metadata["help"].split()[:2]) in done.stdout
+        assert (
+            f"--{field.name}" in done.stdout and " ".join(field.metadata["help"].split()[:2]) in done.stdout
+        )
 
 
 def test_presets_yield_to_the_command_line_and_libero_long_is_libero_10():
@@ -2450,9 +2349,12 @@ def test_metrics_and_checkpoints_are_written_whole_or_not_at_all(tmp_path):
     def limit(size):  # of files, as a disk that is full
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
-    big = torch.zeros(10 ** 6)
-    writers = dict(text=lambda p: p.write_text("x" * 10 ** 6), pt=lambda p: torch.save(big, p),
-                   safetensors=lambda p: save_file(dict(big=big), p))
+    big = torch.zeros(10**6)
+    writers = dict(
+        text=lambda p: p.write_text("x" * 10**6),
+        pt=lambda p: torch.save(big, p),
+        safetensors=lambda p: save_file(dict(big=big), p),
+    )
     for suffix, writer in writers.items():
         path = tmp_path / f"file.{suffix}"
         ript.write(path, lambda p: p.write_text("first"))
