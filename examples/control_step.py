@@ -39,6 +39,15 @@ def compiled_torques():
     return jit_decorator(osc_torques)
 
 
+def grips(gripper, action, number):
+    """The positions, -1 to 1, that the fingers are sent to in each of a number of physics steps."""
+    # A closing hand closes bit by bit. Once it stands still it goes on to.
+    positions = [gripper.format_action(action), gripper.format_action(action)]
+    while len(positions) < number and not np.array_equal(positions[-1], positions[-2]):
+        positions.append(gripper.format_action(action))
+    return positions + [positions[-1]] * (number - len(positions))
+
+
 def control_step(env, action):
     """What robosuite's env.step(action) does, but for observables and the robot's record of recent values.
 
@@ -65,17 +74,17 @@ def control_step(env, action):
     motors = np.array(robot._ref_joint_actuator_indexes)
     fingers = np.array(robot._ref_joint_gripper_actuator_indexes)
     low, high = model.actuator_ctrlrange[fingers].T
-    # A closing hand closes bit by bit: the command of its fingers moves on in every physics step.
-    grips = [(low + high) / 2 + (high - low) / 2 * robot.gripper.format_action(action[law.control_dim:])
-             for _ in range(int(env.control_timestep / env.model_timestep))]
-    torques = compiled_torques()
-    for step, grip in enumerate(grips):
+    number = int(env.control_timestep / env.model_timestep)
+    positions = grips(robot.gripper, action[law.control_dim:], number)
+    commands = (low + high) / 2 + (high - low) / 2 * np.array(positions)
+    torques, ctrl = compiled_torques(), data.ctrl
+    for step in range(number):
         if step:  # set_goal has done that for the first
             mujoco.mj_step1(model, data)
         mujoco.mj_fullM(model, mass, data.qM)
         mujoco.mj_jacSite(model, data, jacobian[:3], jacobian[3:], site)
-        data.ctrl[motors] = torques(*state, goal)  # MuJoCo clips them to the motors' range
-        data.ctrl[fingers] = grip
+        ctrl[motors] = torques(*state, goal)  # MuJoCo clips them to the motors' range
+        ctrl[fingers] = commands[step]
         mujoco.mj_step2(model, data)
     env.cur_time += env.control_timestep
     env._post_action(action)  # the reward, and what LIBERO's fixtures do: a stove that turns on
