@@ -1,7 +1,7 @@
 """The experiments of docs/RESULTS.md: every seed of one, as a table, a figure and CSV files.
 
     python examples/evidence.py              lists the experiments
-    python examples/evidence.py k4 k16       runs stages 2 and 3 for each seed, as far as runs/evidence lacks them
+    python examples/evidence.py k4 k16       stages 2 and 3 for each seed, as far as runs/evidence lacks them
     python examples/evidence.py senses       the tabletop's policies, misled and blind
     python examples/evidence.py gif          the tabletop before and after, assets/tabletop.gif
 
@@ -30,8 +30,8 @@ EXPERIMENTS = dict(
     # 16 groups of 8 kept, 6 iterations, 1 demonstration per instruction
     tabletop=("", "", ""),
     long=("", "", "--iterations 15 --eval_every 3"),
-    # 24 groups, of which none is replaced: as many rollouts as the preset takes with its replacements. Uniform
-    # groups are dropped in both.
+    # 24 groups, of which none is replaced: as many rollouts as the preset takes with its replacements.
+    # Uniform groups are dropped in both.
     no_replacement=("", "", "--groups 24 --max_rejected 0 --minibatch 192"),
     k4=("", "", "--rollouts 4 --groups 32 --max_rejected 24"),
     k16=("", "", "--rollouts 16 --groups 8 --max_rejected 6"),

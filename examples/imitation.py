@@ -4,8 +4,8 @@
     python examples/imitation.py --suite tabletop_pretrain    its stage 1: assets/tabletop was made so
     python examples/imitation.py --model openvla-oft --suite libero_10 --demos DIR    fits the 7B's scale head
 
-Stage 2 (SFT) minimises the L1 distance of the mean action to the demonstrated one. Then the scale head is fitted by
-the Laplace likelihood, everything else frozen (section 4.2 of the paper). ript.py starts from what this writes.
+Stage 2 (SFT) minimises the L1 distance of the mean action to the demonstrated one. Then the scale head is
+fitted by the Laplace likelihood, all else frozen (section 4.2 of the paper). ript.py starts from the result.
 """
 import math
 import shlex
@@ -74,7 +74,8 @@ def scripted_demonstrations(workers, cfg):
         elif attempts < 50 + 3 * len(contexts):
             # Another scene takes its place.
             old = episode.context
-            queue.append(ript.Episode(ript.Context(old.task, old.instruction, old.seed + 1000), episode.group))
+            other = ript.Context(old.task, old.instruction, old.seed + 1000)
+            queue.append(ript.Episode(other, episode.group))
     print(f"scripted expert: success in {len(found)} of {attempts} attempts", flush=True)
     return [found[number] for number in sorted(found)]
 
@@ -87,7 +88,7 @@ def demonstration_files(cfg):
 
 
 def demos_in(path):
-    """The demonstrations in one of LIBERO's HDF5 files, in the order of their numbers. The file stays open."""
+    """The demonstrations in one of LIBERO's HDF5 files, by their numbers. The file stays open."""
     import h5py
     data = h5py.File(path)["data"]
     return [data[name] for name in sorted(data, key=lambda name: int(name.split("_")[1]))]
@@ -113,25 +114,45 @@ def libero_row(demo, t):
                 robot0_eef_quat=Rotation.from_rotvec(demo["obs/ee_ori"][t]).as_quat())
 
 
-def libero_demonstrations(cfg):
-    """Demos from LIBERO's HDF5 files in cfg.demos. Pictures are read when they are looked at."""
+def moving_steps(actions):
+    """The steps of (T, 7) actions in which the hand moves or the gripper changes.
+
+    OpenVLA was trained without the others (regenerate_libero_dataset.py in its release).
+    """
+    steps = []
+    for t, action in enumerate(actions):
+        if np.linalg.norm(action[:6]) > 1e-4 or steps and action[6] != actions[steps[-1]][6]:
+            steps.append(t)
+    return steps
+
+
+def libero_demonstrations(workers, cfg):
+    """Demos from LIBERO's HDF5 files in cfg.demos. Pictures are read, or drawn, when they are asked for."""
     demos = []
     for task, text, path in demonstration_files(cfg):
-        demos += ript.read(path, lambda path: [checked_demo(demo, task, text, cfg) for demo in demos_in(path)])
+        found = ript.read(path, demos_in)
+        worker = workers[task % len(workers)] if workers else None
+        demos += ript.read(path, lambda _: [checked_demo(demo, task, text, worker, cfg) for demo in found])
     return demos
 
 
-def checked_demo(demo, task, text, cfg):
+def checked_demo(demo, task, text, worker, cfg):
     """A Demo of one HDF5 group. Raises an error now, and not in an hour, where something does not fit."""
     actions = demo["actions"][:]
     pictures = demo["obs/agentview_rgb"].shape
     libero_row(demo, -1)
     if actions.shape != (pictures[0], 7):
         raise ValueError(f"{demo.name} has actions {actions.shape} for {pictures[0]} pictures")
-    if cfg.model == "tiny" and pictures[1] != cfg.image_size:
-        raise ValueError(f"{demo.name} has pictures {pictures}: set --image_size to theirs, with --collision false")
-    looks = [partial(libero_row, demo, t) for t in range(len(actions))]
-    return Demo(ript.Context(task, text, 0, demo["states"][0]), looks, actions)
+    steps = moving_steps(actions)
+    looks = []
+    for t in steps:
+        if pictures[1] == cfg.image_size and not cfg.collision:
+            looks.append(partial(libero_row, demo, t))
+        else:
+            # The file's pictures are not what rollouts will show. So its states are drawn again.
+            context = ript.Context(task, text, 0, demo["states"][t])
+            looks.append(partial(worker.call, "redraw", context))
+    return Demo(ript.Context(task, text, 0, demo["states"][0]), looks, actions[steps])
 
 
 # ------------------------------------------------------------------------------------------------ learning
@@ -210,7 +231,8 @@ def measure_bounds(policy, demos, kinds):
 def start(cfg):
     """The policy that stage 2 starts from: that of cfg.checkpoint, or a tiny one with random weights."""
     model = ript.load_policy(cfg.model)
-    ript.require(hasattr(model, "imitated"), f"--model {cfg.model} has no stage 2 here: start from its checkpoint")
+    made = hasattr(model, "imitated")
+    ript.require(made, f"--model {cfg.model} has no stage 2 here: start from its checkpoint")
     if not cfg.checkpoint:
         return model()
     if issubclass(model, ript.load_policy("tiny")):
@@ -229,9 +251,9 @@ def check(cfg):
     ript.require(cfg.sft_steps or cfg.scale_steps, "nothing to do: --sft_steps and --scale_steps are both 0")
     # A policy that trains by adapters has none yet, so what else it learned would not be saved.
     ript.require(not (cfg.sft_steps and getattr(model, "adapters_only", False)),
-                 f"--sft_steps must be 0 for {cfg.model}: of its checkpoint only the scale head is fitted here")
-    ript.require(cfg.demos or hasattr(suite, "demonstrate"), f"{cfg.suite} has no scripted expert: --demos DIR names "
-                 "a directory of LIBERO's HDF5 demonstrations")
+                 f"--sft_steps must be 0 for {cfg.model}: only its scale head is fitted here")
+    ript.require(cfg.demos or hasattr(suite, "demonstrate"), f"{cfg.suite} has no scripted expert: --demos "
+                 "DIR names a directory of LIBERO's HDF5 demonstrations")
 
 
 def next_command(cfg):
@@ -261,18 +283,15 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)
     out = Path(cfg.out)
     policy = start(cfg).to(cfg.device)
-    if cfg.demos:
-        demos = libero_demonstrations(cfg)
-    else:
-        with ript.open_workers(cfg) as workers:
-            demos = scripted_demonstrations(workers, cfg)
-    ript.require(demos, f"there is not one demonstration of {cfg.suite}")
-    if not cfg.checkpoint:
-        measure_bounds(policy, demos, getattr(suite, "MEASURED", ("proprio", "action")))
-    if cfg.sft_steps:
-        print(f"SFT on {len(demos)} demonstrations: L1 {sft(policy, demos, cfg):.4f}", flush=True)
-    if cfg.scale_steps:
-        print(f"scale head: NLL {fit_scale_head(policy, demos, cfg):.2f} per action step", flush=True)
+    with ript.open_workers(cfg) as workers:
+        demos = (libero_demonstrations if cfg.demos else scripted_demonstrations)(workers, cfg)
+        ript.require(demos, f"there is not one demonstration of {cfg.suite}")
+        if not cfg.checkpoint:
+            measure_bounds(policy, demos, getattr(suite, "MEASURED", ("proprio", "action")))
+        if cfg.sft_steps:
+            print(f"SFT on {len(demos)} demonstrations: L1 {sft(policy, demos, cfg):.4f}", flush=True)
+        if cfg.scale_steps:
+            print(f"scale head: NLL {fit_scale_head(policy, demos, cfg):.2f} per action step", flush=True)
     policy.save(out)
     print(f"wrote {out}, from which stage 3 starts: {next_command(cfg)}")
 

@@ -1,9 +1,9 @@
 """The laptop's policy and suites: how to add a simulator to ript.py, and how to subclass a policy.
 
-A suite is a class, which `--suite FILE.py:Class` loads. It derives from ript.Libero and overrides what differs.
-ript.py asks the class for the tasks and the settings; in a process of its own it makes an instance, which
-simulates: reset, step and look. Two suites are a table on which a Panda arm lifts one of two cubes (robosuite's
-Stack, which comes with pip); the third is LIBERO-Object. All three have a scripted expert.
+A suite is a class, which `--suite FILE.py:Class` loads. It derives from ript.Libero and overrides what
+differs. ript.py asks the class for the tasks and the settings; in a process of its own it makes an instance,
+which simulates: reset, step and look. Two suites are a table on which a Panda arm lifts one of two cubes
+(robosuite's Stack, which comes with pip); the third is LIBERO-Object. All three have a scripted expert.
 
     python examples/imitation.py --suite tabletop_pretrain    stage 1: learn to lift from 300 demonstrations
     bash run_libero.sh                                        the arm is worn by now: stages 2 and 3
@@ -53,7 +53,8 @@ class Tiny(OpenVLAOFT):
     """OpenVLA-OFT in small, 0.5M parameters: other towers, bytes for tokens, pictures as they are."""
     TOWER = Keypoints
     TOWERS = (dict(embed_dim=48), dict(embed_dim=48))
-    LLM = dict(vocab_size=259, hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4)
+    LLM = dict(vocab_size=259, hidden_size=96, intermediate_size=192, num_hidden_layers=2,
+               num_attention_heads=4)
     PIXELS = (dict(mean=[0.5] * 3, std=[0.5] * 3),) * 2
     STATISTICS = dict(action=dict(q01=[-1.0] * 7, q99=[1.0] * 7), proprio=dict(q01=[-1.5] * 8, q99=[1.5] * 8))
     PROMPT = "{}"
@@ -61,8 +62,8 @@ class Tiny(OpenVLAOFT):
     adapters_only = False
     # Stage 2 trains all of it but the scale head.
     imitated = ("vision_backbone", "projector", "proprio_projector", "language_model", "action_head")
-    # Bounds of b, normalised action units. They are wide for rotation, which matters little here, because a wide
-    # density makes quiet gradients, and narrow for the gripper, whose sign decides.
+    # Bounds of b, normalised action units. They are wide for rotation, which matters little here, because a
+    # wide density makes quiet gradients, and narrow for the gripper, whose sign decides.
     scale_range = ((0.1, 0.1, 0.1, 0.4, 0.4, 0.4, 0.1), (0.2, 0.2, 0.2, 0.5, 0.5, 0.5, 0.2))
     PRESET = dict.fromkeys(ript.LIBERO, TINY)
     IMITATION = dict.fromkeys(ript.LIBERO, TINY_IMITATION)
@@ -79,7 +80,8 @@ class Tiny(OpenVLAOFT):
     @classmethod
     def load(cls, cfg):
         """The policy that stage 3 starts from."""
-        ript.require(not (cfg.adapter or cfg.scale_head), "--adapter and --scale_head are not for --model tiny")
+        other = cfg.adapter or cfg.scale_head
+        ript.require(not other, "--adapter and --scale_head are not for --model tiny")
         made = f"python examples/imitation.py --suite {cfg.suite} makes one"
         ript.require(cfg.checkpoint, f"--checkpoint DIR must name a policy to start from: {made}")
         missing = cfg.checkpoint.startswith("runs/") and not Path(cfg.checkpoint).exists()
@@ -129,6 +131,7 @@ class Laptop(ript.Libero):
     # Collision meshes have no material: a colour for each object.
     COLOURS = dict(table=(0.45, 0.45, 0.45), floor=(0.45, 0.45, 0.45), mount0=(0.45, 0.45, 0.45),
                    gripper0=(0.15, 0.15, 0.2), robot0=(0.75, 0.75, 0.8))
+    scene = None  # task and seed of what redraw has drawn last
 
     def build(self, task):
         """As in ript, and paint what is new."""
@@ -136,6 +139,17 @@ class Laptop(ript.Libero):
         super().build(task)
         if self.env is not before:
             self.paint()
+
+    def redraw(self, context):
+        """The raw observation of a stored state, which a demonstration went through."""
+        scene = context.task, context.seed
+        if scene != self.scene:
+            # It places the fixtures, which are no part of a state.
+            self.reset(context)
+            self.scene = scene
+        self.env.sim.set_state_from_flattened(context.state)
+        self.env.sim.forward()
+        return self.look()
 
     def paint(self):
         """Give every collision mesh its object's colour: that of COLOURS, or one that its name decides."""

@@ -66,7 +66,8 @@ def write_curve(path, history):
     """Success, what becomes of the groups, and seconds, against iterations."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 7))
-    panels = [("eval_success", "rollout_success"), ("kept", "solved", "failed"), ("seconds_rollouts", "seconds_update")]
+    panels = [("eval_success", "rollout_success"), ("kept", "solved", "failed"),
+              ("seconds_rollouts", "seconds_update")]
     for axes, names in zip(figure.subplots(len(panels), sharex=True), panels):
         for name in names:
             rows = [row for row in history if name in row]
@@ -128,7 +129,8 @@ def read_json(path):
 def main(argv=None):
     """Report on the run in argv[0]."""
     argv = sys.argv[1:] if argv is None else argv
-    ript.require(argv and set(argv[1:]) <= {"--no_video"}, "report.py takes a run's directory, and --no_video")
+    known = argv and set(argv[1:]) <= {"--no_video"}
+    ript.require(known, "report.py takes a run's directory, and --no_video")
     run = Path(argv[0])
     cfg = ript.Config(**ript.read(run / "config.json", read_json))
     contexts = ript.evaluation_contexts(cfg)
