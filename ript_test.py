@@ -24,7 +24,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from examples import control_step, headless, imitation, report
+from examples import bandit, control_step, headless, imitation, report
 from examples.laptop import Tiny
 from policies import openvla_oft
 from policies.openvla_oft import OpenVLAOFT
@@ -241,6 +241,16 @@ def test_the_formulas_solve_a_bandit():
             loss.backward()
             optimizer.step()
     assert share[0] < 0.15 and np.mean(share[-5:]) > 0.5
+
+
+def test_the_bandit_learns_and_with_the_sign_flipped_it_does_not():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    levels = {}
+    for sign in (1, -1):
+        levels[sign] = [np.mean([row["success"] for row in bandit.learn(seed, sign=sign)[-3:]]) for seed in range(3)]
+    torch.set_num_threads(threads)
+    assert min(levels[1]) > 0.70 and max(levels[-1]) < 0.35
 
 
 # ------------------------------------------------------------------------------------------------- the policy
