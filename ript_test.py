@@ -246,9 +246,11 @@ def test_the_formulas_solve_a_bandit():
 def test_the_bandit_learns_and_with_the_sign_flipped_it_does_not():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    levels = {}
-    for sign in (1, -1):
-        levels[sign] = [np.mean([row["success"] for row in bandit.learn(seed, sign=sign)[-3:]]) for seed in range(3)]
+    levels = {1: [], -1: []}
+    for sign, found in levels.items():
+        for seed in range(3):
+            end = bandit.learn(seed, sign=sign)[-3:]
+            found.append(np.mean([row["success"] for row in end]))
     torch.set_num_threads(threads)
     assert min(levels[1]) > 0.70 and max(levels[-1]) < 0.35
 
@@ -1808,7 +1810,8 @@ def test_demonstrations_are_drawn_again_as_rollouts_will_show_them(tmp_path):
             # After a step, MuJoCo's places are those of 2 ms before.
             assert_close(again["robot0_eef_pos"], seen[t]["robot0_eef_pos"], 2e-3)
             apart = np.abs(again["agentview_image"].astype(int) - seen[t]["agentview_image"]).mean()
-            assert again["agentview_image"].shape == (64, 64, 3) and apart < (0.1 if t == 0 else 5), (t, apart)
+            assert again["agentview_image"].shape == (64, 64, 3)
+            assert apart < (0.1 if t == 0 else 5), (t, apart)
     simulator.env.close()
 
 
@@ -2349,6 +2352,13 @@ def test_no_opengl_and_another_mujoco_get_one_sentence(monkeypatch):
     done = launch("--groups", 1, MUJOCO_GL="egl", MUJOCO_EGL_DEVICE_ID="99")
     assert done.returncode == 2 and done.stderr.startswith("ript.py: the simulator does not start")
     assert done.stderr.count("\n") == 1
+
+
+def test_every_row_of_the_gpu_benchmark_runs_with_a_small_policy_on_a_cpu():
+    command = [sys.executable, HERE / "examples/benchmark.py", "gpu", "--tiny"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAILED" not in done.stdout and done.stdout.count("\n") > 20
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h", "--iterations", "3"]])

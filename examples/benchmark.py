@@ -3,6 +3,8 @@
     python examples/benchmark.py speed     collect() against the released way of stepping and the limit
     python examples/benchmark.py growth    seconds of an iteration against contexts, K, horizon and workers
     python examples/benchmark.py collect   how long a collection takes where simulators sleep instead of simulating
+    python examples/benchmark.py noise     how often LIBERO-Object's expert succeeds under exploration's noise
+    python examples/benchmark.py gpu       the 7B on a GPU, in eleven rows: examples/gpu.py
 
 Speed is measured on one task of LIBERO-Object with the same actions from the same stored states, in turns:
 
@@ -20,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
-from os import devnull
+from os import devnull, execv
 from pathlib import Path
 from statistics import median
 
@@ -28,8 +30,13 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+if __name__ == "__main__" and sys.argv[1:2] == ["gpu"]:
+    # Another process, because it runs where what follows cannot be imported.
+    gpu = str(Path(__file__).with_name("gpu.py"))
+    execv(sys.executable, [sys.executable, gpu, *sys.argv[2:]])
 import ript
 from examples import control_step, laptop, report
+from examples.gpu import ACTION
 
 ASSETS = Path(__file__).parents[1] / "assets/evidence"
 PRETRAINED = Path(__file__).parents[1] / "assets/tabletop"
@@ -308,8 +315,60 @@ def collect():
     print(f"simulators left behind: {len(multiprocessing.active_children())}")
 
 
+class Noisy(ript.load_suite("libero_object")):
+    """LIBERO-Object without pictures, and its expert under the noise of exploration."""
+    def look(self):
+        return {}
+
+    def attempt(self, context, scale):
+        """An episode with Laplace noise in the units of LIBERO-Long's policy: -> success, steps, gripper flips."""
+        rng = np.random.default_rng(context.seed)
+        width = (np.array(ACTION["q99"]) - ACTION["q01"])[:6] / 2
+        answer = self.reset(context)
+        steps = 0
+        closing = 0
+        flips = 0
+        while not answer.success and steps < self.HORIZON:
+            action = self.expert(closing)
+            closing = closing + 1 if action[6] > 0 else 0
+            noise = rng.laplace(size=7) * scale
+            action[:6] += noise[:6] * width
+            # The policy's gripper is 0 closed and 1 open, and its sign at a half decides.
+            opened = float(action[6] < 0)
+            if (opened + noise[6] > 0.5) != (opened > 0.5):
+                action[6] = -action[6]
+                flips += 1
+            answer = self.step([action])
+            steps += 1
+        return answer.success, steps, flips
+
+
+def noise():
+    """How often the expert succeeds from four stored states of each task, for scales b of the noise."""
+    cfg = ript.Config(suite=f"{__file__}:Noisy", workers=2, device="cpu")
+    suite = ript.load_suite("libero_object")
+    contexts = []
+    for task, text in enumerate(suite.INSTRUCTIONS):
+        for number, state in enumerate(suite.held_out(task, 4)):
+            contexts.append(ript.Context(task, text, number, state))
+    scales = (0.0, 0.135, 0.25, 0.677)  # 0.135 is exp(-2), our least; 0.677 five times that, the least until now
+    outcomes = {scale: [] for scale in scales}
+    with ript.open_workers(cfg) as workers:
+        for start in range(0, len(contexts), 2):
+            for scale in scales:
+                outcomes[scale] += ask(workers, "attempt", [(c, scale) for c in contexts[start:start + 2]])
+            print(contexts[start].instruction, [sum(o[0] for o in outcomes[scale][-2:]) for scale in scales],
+                  flush=True)
+    for scale, episodes in outcomes.items():
+        won = sum(success for success, _, _ in episodes)
+        steps = sum(steps for _, steps, _ in episodes)
+        flips = sum(flips for _, _, flips in episodes)
+        print(f"b {scale}: {won} of {len(episodes)} succeed in {steps / len(episodes):.0f} steps, "
+              f"the gripper flips in {flips / steps:.1%} of these")
+
+
 if __name__ == "__main__":
-    commands = dict(speed=speed, growth=growth, collect=collect)
+    commands = dict(speed=speed, growth=growth, collect=collect, noise=noise)
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(f"benchmark.py: say which, {', '.join(commands)}")
     commands[sys.argv[1]]()

@@ -14,7 +14,6 @@ from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
-import simplejpeg
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -112,6 +111,7 @@ def openvla_picture(picture):
 
     TensorFlow's JPEG round trip (quality 95, fast integer DCT), Lanczos to 224 pixels, and the central 90% of
     the area, bilinearly at 224 pixels again (experiments/robot/openvla_utils.py)."""
+    import simplejpeg  # here, because a GPU is measured without cameras and without it (examples/gpu.py)
     jpeg = io.BytesIO()
     Image.fromarray(picture).save(jpeg, "JPEG", quality=95)
     picture = simplejpeg.decode_jpeg(jpeg.getvalue(), fastdct=True, fastupsample=False)
@@ -253,7 +253,7 @@ class OpenVLAOFT(LaplacePolicy):
         libero_goal=released("libero-goal", "LIBERO_GOAL", 5.0, lr=1e-5),
         libero_10=released("libero-10", "LIBERO_LONG", 5.0))
     # Stage 2 is the fit of the scale head alone.
-    IMITATION = {suite: dict(checkpoint=preset["checkpoint"], sft_steps=0, image_size=128)
+    IMITATION = {suite: dict(checkpoint=preset["checkpoint"], sft_steps=0)
                  for suite, preset in PRESET.items()}
 
     def __init__(self, llm, towers, pixels, statistics, tokenizer, prefix="exact"):
@@ -344,6 +344,8 @@ class OpenVLAOFT(LaplacePolicy):
             # A copy, which torch aligns: to the last bit, results depend on where in memory weights are.
             weights[name] = value.to(device, kept, copy=True)
         read(folder, lambda _: policy.load_state_dict(weights, assign=True))
+        del weights
+        policy.drop_unused()
         # The rotary embedding is in no file.
         llama = policy.language_model.model
         llama.rotary_emb = type(llama.rotary_emb)(llama.config)
@@ -367,6 +369,12 @@ class OpenVLAOFT(LaplacePolicy):
         one, other = llama(inputs_embeds=x, attention_mask=mask).last_hidden_state[:, 0]
         require(not torch.equal(one, other),
                 "attention is causal with this transformers, install requirements.txt's")
+
+    def drop_unused(self):
+        """Free the weight of lm_head, 0.25 GiB, which no action needs. Saved adapters have one of it, which
+        stays, so the layer stays too."""
+        layer = self.language_model.lm_head
+        layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
 
     # -- adapters and heads
     def scale_parts(self):
