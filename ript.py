@@ -320,7 +320,10 @@ def update(policy, optimizer, episodes, cfg, run):
     rewards = rewards_of([episodes]).view(-1, cfg.rollouts)  # C K
     advantage = leave_one_out_advantage(rewards).flatten()  # E
     mask, old, recorded = score(policy, episodes, cfg.micro_batch)  # E Q H each
-    ratio_error = ((recorded - old).exp() - 1).abs().max().item() if episodes else 0.0
+    # How far off the log-probabilities are that act has recorded: with its batches it runs other kernels.
+    drift = (recorded - old)[mask] if episodes else torch.zeros(1)
+    ratio_error = (drift.exp() - 1).abs().max().item()
+    act_std = drift.std(correction=0).item()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     rng = np.random.default_rng([cfg.seed, run["iteration"]])
     # A minibatch is cfg.minibatch episodes of all processes. Each takes as many steps as the others.
@@ -352,16 +355,14 @@ def update(policy, optimizer, episodes, cfg, run):
             optimizer.zero_grad()  # now, so that gradients take no memory during the next rollouts
             logs.append(log)
     means = {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
-    seconds = time.time() - began
-    return means | dict(ratio_error=max(gather(ratio_error)), updates=len(logs), seconds_update=seconds)
+    return means | dict(ratio_error=max(gather(ratio_error)), act_std=max(gather(act_std)), updates=len(logs),
+                        seconds_update=time.time() - began)
 
 # ------------------------------------------------------------------------------------ 3. The policy wrapper
 class ScaleHead(nn.Sequential):
-    """The head that RIPT adds (section 4.2 of the paper): (B, H, F) -> log b of every action, (B, H, A).
-
-    Its trunk, (B, H, F) -> (B, H, width), is like the action head's. It is fitted by maximum likelihood
-    before stage 3 and frozen in it. Module names: the released scale_header.pth.
-    """
+    """The head that RIPT adds (section 4.2 of the paper): (B, H, F) -> log b of every action, (B, H, A)."""
+    # Its trunk, (B, H, F) -> (B, H, width), is like the action head's. It is fitted by maximum likelihood
+    # before stage 3 and frozen in it. Its modules have the names of the released scale_header.pth.
     def __init__(self, trunk, width, A):
         super().__init__(OrderedDict(trunk=trunk, log_b_head=nn.Linear(width, A)))
         # It starts at b = 0.05 whatever the features are.
@@ -377,10 +378,9 @@ class LaplacePolicy(nn.Module):
       features(observations, instructions)    lists of length B -> (B, H, F), with gradient
       to_env_actions(normalised)              (..., A) in head units -> numpy (..., A) in the environment's
       save(directory)                         write what load reads
-
-    A policy that chooses tokens needs none of this class (policies/quest.py): it has load, preprocess, act,
-    log_prob, parameter_groups and save as they are here, chunk and TOKENS.
     """
+    # A policy that chooses tokens needs none of this class (policies/quest.py): it has load, preprocess, act,
+    # log_prob, parameter_groups and save as they are here, chunk and TOKENS.
     PRESET = {}  # settings by suite, which replace the defaults of Config
     TOKENS = 0  # tokens per query; 0 where log_prob has a column for each action step
     chunk = 8  # action steps per query, H
