@@ -774,8 +774,7 @@ def save_run(out, policy, optimizer, run, stats):
     lines = "".join(json.dumps(row) + "\n" for row in run["history"])
     write(out / "metrics.jsonl", lambda path: path.write_text(lines))
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    state = dict(run, policy=trained, optimizer=optimizer.state_dict())
-    write(out / "run.pt", lambda path: torch.save(state, path))
+    write(out / "run.pt", partial(torch.save, dict(run, policy=trained, optimizer=optimizer.state_dict())))
 
 def load_run(path, policy, optimizer):
     """Fill policy and optimizer from what save_run wrote: -> the run."""
@@ -823,7 +822,8 @@ def main(argv=None):
     join(cfg.device)
     torch.manual_seed(cfg.seed)
     out = Path(cfg.out)
-    with open_workers(cfg) as workers:
+    from examples.headless import hold
+    with hold(out), open_workers(cfg) as workers:
         policy = load_policy(cfg.model).load(cfg)
         optimizer = torch.optim.AdamW(policy.parameter_groups(), cfg.lr, (cfg.momentum, 0.999))
         held_out = evaluation_contexts(cfg)

@@ -2014,7 +2014,7 @@ MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared bel
     ("--suite {tmp}/half.py:Suite", "cannot read {tmp}/half.py: SyntaxError"),
     ("--model gpt", "none of tiny, openvla-oft, quest"),
     ("--lr fast", "--lr"),
-    ("--rollouts 1", "--rollouts must be at least 2 and"),
+    ("--rollouts 1", "--rollouts must be at least 2"),
     ("--groups 0", "--groups must be a number above 0"),
     ("--task 2", "--task must be below 2"),
     ("--loss_per step", "'token'"),
@@ -2285,6 +2285,22 @@ def test_a_run_stays_what_it_is(no_simulators, finished, capsys, arguments, sent
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.count("\n") == 1 and sentence in said
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_two_runs_never_share_a_directory(tmp_path):
+    program = "import sys, time; from pathlib import Path; from examples.headless import hold\n"
+    program += "with hold(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", program, tmp_path]
+    first = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "held\n"
+    done = launch("--eval", "--out", tmp_path)
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert done.stderr == f"ript.py: another run is using {tmp_path}: choose another --out\n"
+    first.kill()
+    first.wait()
+    # It ends with the process, even with one that was killed.
+    with headless.hold(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize(

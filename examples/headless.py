@@ -1,11 +1,13 @@
 """What OpenGL, numba and LIBERO read when they are imported, set so that simulators start anywhere."""
 import ctypes
+import fcntl
 import importlib.util
 import json
 import logging
 import os
 import sys
 import tempfile
+from contextlib import contextmanager
 from importlib.metadata import distribution, version
 from pathlib import Path
 
@@ -64,6 +66,27 @@ def fits(folder, root):
                 and all(path.is_dir() for path in known[:2]))
     except Exception:  # no file, no YAML, not all of the names
         return False
+
+
+@contextmanager
+def hold(folder):
+    """Keep the directory of a run from other runs, until this process ends in whatever way."""
+    from ript import RANK, UserError
+    if RANK > 0:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        place = os.open(folder, os.O_RDONLY)
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is using {folder}: choose another --out")
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error}")
+    try:
+        yield
+    finally:
+        os.close(place)
 
 
 def begin():
