@@ -1122,6 +1122,17 @@ def test_a_chunk_is_cut_at_the_horizon():
     assert episode.executed == [8, 8, 4] and not episode.success
 
 
+def test_a_reward_is_a_bool_whatever_the_simulator_answers():
+    class Wins(Stub):
+        def call(self, method, *arguments):
+            return super().call(method, *arguments)._replace(success=np.bool_(method == "step"))
+
+    episode = Episode(fresh_context(0), 0, (0, 0, 0, 0))
+    ript.rollout(Wins(), episode, ript.Actor(Echo(), 0), 20)
+    # run.pt and metrics.jsonl could not hold another.
+    assert episode.success is True and episode.executed == [8]
+
+
 def test_a_forward_that_fails_ends_every_rollout_that_waits_for_it():
     class Broken(Echo):
         def act(self, observations, instructions, generators):
@@ -2285,6 +2296,13 @@ def test_a_run_stays_what_it_is(no_simulators, finished, capsys, arguments, sent
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.count("\n") == 1 and sentence in said
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_no_more_held_out_contexts_are_asked_for_than_there_are(no_simulators, tmp_path, capsys):
+    arguments = f"--suite libero_object --task 0 --checkpoint {PRETRAINED} --eval"
+    arguments += " --eval_contexts 51 --out {tmp}"
+    said = one_sentence_of(ript, arguments, tmp_path, capsys)
+    assert "--eval_contexts must be at most 50, got 51" in said
 
 
 def test_two_runs_never_share_a_directory(tmp_path):
