@@ -1,7 +1,9 @@
 """The claims of ript.py, each as a test that fails when the claim does. Run: bash run_libero.sh test"""
 
+import atexit
 import dataclasses
 import json
+import lzma
 import math
 import os
 import resource
@@ -10,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -31,18 +34,39 @@ from policies.openvla_oft import OpenVLAOFT
 from ript import Config, Context, Episode, Worker, load_suite
 
 HERE = Path(__file__).parent
-GOLDEN = Path(os.environ.get("RIPT_GOLDEN", HERE / ".." / "shared" / "golden"))
 TASKS = ["lift the red cube", "lift the green cube"]
 PRETRAINED = HERE / "assets/tabletop"
 
 
+def find_golden():
+    """The directory of the original code's outputs: RIPT_GOLDEN, ../shared/golden, or assets/golden, whose
+    README.md says what they are. If it has .xz files, a temporary copy where they are unpacked."""
+    folder = HERE / ".." / "shared" / "golden"
+    if not folder.exists():
+        folder = HERE / "assets/golden"
+    folder = Path(os.environ.get("RIPT_GOLDEN", folder))
+    packed = [path.relative_to(folder) for path in folder.rglob("*.xz")]
+    if not packed:
+        return folder
+    copy = Path(tempfile.mkdtemp(prefix="ript_golden_"))
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.xz"), dirs_exist_ok=True)
+    for path in packed:
+        (copy / path.with_suffix("")).write_bytes(lzma.decompress((folder / path).read_bytes()))
+    return copy
+
+
+GOLDEN = find_golden()
+
+
 def golden(name):
-    """Arrays of the original code's outputs; skips where they are not at hand."""
-    path = GOLDEN / f"{name}.npz"
-    if not path.exists():
-        pytest.skip(f"{path} is not there: set RIPT_GOLDEN to the directory of golden arrays")
-    arrays = np.load(path).items()
-    return {key: torch.from_numpy(np.asarray(value)) for key, value in arrays if value.dtype.kind != "U"}
+    """Arrays of the original code's outputs."""
+    arrays = dict(np.load(GOLDEN / f"{name}.npz"))
+    if "pixel_bytes" in arrays:  # pixel_values, packed: bytes, and what a tower makes of each of 256 values
+        tower, channel, _, _ = np.ogrid[:2, :3, :1, :1]
+        pixels = arrays["pixel_levels"][tower, channel, arrays["pixel_bytes"][:, :, None]]
+        arrays["pixel_values"] = pixels.reshape(3, 12, 224, 224)  # camera, tower, colour
+    return {key: torch.from_numpy(value) for key, value in arrays.items() if value.dtype.kind != "U"}
 
 
 def config(*argv):
@@ -436,9 +460,10 @@ def test_vision_towers_and_projectors_agree_with_the_original(oft, lora):
             tower(pixels[:, :, i].flatten(0, 1)) for i, tower in enumerate(policy.vision_backbone.values())
         ]
         for ours, name in zip(towers, ("dino", "siglip")):
-            assert_close(ours, g[f"{prefix}_{name}"].flatten(0, 1), 1e-5)
+            # Every fifth patch, as assets/golden has no others.
+            assert_close(ours[:, ::5], g[f"{prefix}_{name}"].flatten(0, 1)[:, ::5], 1e-5)
         projected = policy.projector(torch.cat(towers, -1)).unflatten(0, (3, 2)).flatten(1, 2)
-        assert_close(projected, g[f"{prefix}_projected"], 1e-5)
+        assert_close(projected[:, ::5], g[f"{prefix}_projected"][:, ::5], 1e-5)
         assert_close(policy.proprio_projector(g["proprio_norm"]), g["proprio_token"], 1e-5)
 
 
@@ -602,7 +627,7 @@ def test_an_optimiser_step_equals_the_originals_where_its_rule_is_the_intended_o
 def test_the_seven_billion_are_those_of_the_real_checkpoint_and_take_439_adapters():
     directory = HERE / ".." / "shared" / "openvla-7b-oft-finetuned-libero-10"
     if not directory.exists():
-        pytest.skip(f"{directory} is not there: the configuration and index of the released checkpoint")
+        directory = HERE / "assets/golden/openvla-7b"  # its names and sizes
     index = json.loads((directory / "model.safetensors.index.json").read_text())
     with torch.device("meta"):
         policy = OpenVLAOFT(**OpenVLAOFT.describe(directory, "libero_10")[0])
