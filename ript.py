@@ -11,13 +11,11 @@ Stage 1 pretrains a policy on many demonstrations, stage 2 fine-tunes it on a fe
       15-17         N passes of minibatches over the kept rollouts, minimising                         (Eq. 6)
                     -min(r A, clip(r, 1 - eps, 1 + eps) A),  r = pi_theta(a | o) / pi_psi(a | o)
 
-Departures from the paper: contexts are drawn from the task itself, unless --demos gives demonstrations; there
-is one ratio per action step, as in the released code, where the paper has one per rollout. Departures from
-the released code: an action is scored with the density that it was drawn from, in float32; action steps after
-success do not count; minibatches leave no gradient over; the K rollouts of a group share a scene.
+Departures from the paper: contexts are fresh scenes unless --demos gives demonstrations; there is one ratio
+per action step, as in the released code. Departures from that: an action is scored with the density that it
+was drawn from; action steps after success do not count; the K rollouts of a group share a scene.
 
     bash run_libero.sh                                        the laptop: stages 2 and 3 and the report
-    python ript.py --eval --checkpoint runs/tabletop/best     evaluate what a run has saved
     torchrun --standalone --nproc_per_node 4 ript.py --model openvla-oft --suite libero_long   the 7B, 4 GPUs
 
 Shapes: B batch, C contexts, K rollouts per context, E episodes, Q queries per episode, N chunks of several
@@ -60,16 +58,18 @@ POLICIES = {"tiny": "examples.laptop:Tiny", "openvla-oft": "policies.openvla_oft
             "quest": "policies.quest:QueST"}
 # The suites of LIBERO, with the control steps of their longest demonstrations.
 LIBERO = dict(libero_spatial=220, libero_object=280, libero_goal=300, libero_10=520, libero_90=400)
-SUITES = dict.fromkeys(LIBERO, "examples.laptop:Laptop") | dict(
-    libero_object="examples.laptop:LiberoObject", tabletop="examples.laptop:Tabletop",
-    tabletop_pretrain="examples.laptop:TabletopPretrain")
+SUITES = dict.fromkeys(LIBERO, "examples.laptop:Laptop") | {"libero_object": "examples.laptop:LiberoObject",
+    "tabletop": "examples.laptop:Tabletop", "tabletop_pretrain": "examples.laptop:TabletopPretrain"}
 ALIASES = dict(libero_long="libero_10")
 # What --resume may change, because no result depends on it.
 CHANGEABLE = "resume", "iterations", "workers", "device", "eval_every", "micro_batch"
+LOGGED = "scale", "at_low", "at_high"  # what an iteration reports the mean of, over all of act's records
 TRAIN_SEEDS = 10_000_000  # training contexts have seeds from here on, and evaluation has 0, 1, 2, ...
 # The number of this process, of all processes, and of those on this machine, as torchrun sets them.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+# How many cores a process may use. macOS does not say, and has no limits either.
+CORES = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)) // LOCAL_WORLD
 
 def option(default, text):
     """A field of Config: its default, and what --help says of it."""
@@ -98,7 +98,7 @@ class Config:
     max_rejected: int = option(48, "rejected groups per iteration, over all processes, that are replaced")
     passes: int = option(1, "passes over the kept rollouts, N")
     minibatch: int = option(16, "episodes per optimiser step, over all processes")
-    micro_batch: int = option(64, "chunks per forward with gradient: changes memory, not the gradient")
+    micro_batch: int = option(0, "chunks per forward with gradient, for memory alone; 0: the policy's")
     clip: float = option(0.1, "PPO's clip range, eps")
     loss_per: Literal["episode", "token"] = option("episode", "what the loss is a mean over")
     lr: float = option(5e-5, "learning rate of AdamW")
@@ -108,7 +108,7 @@ class Config:
     scale_multiplier: float = option(1.0, "factor on the Laplace scale b, when sampling and when scoring")
     eval_contexts: int = option(50, "held-out contexts per task; LIBERO stores 50")
     eval_every: int = option(5, "iterations between evaluations; 0: only before and after")
-    workers: int = option(max(1, min(16, os.cpu_count() // LOCAL_WORLD)), "simulators of each process")
+    workers: int = option(max(1, min(16, CORES)), "simulators of each process")
     image_size: int = option(256, "height and width of the two pictures, pixels")
     collision: bool = option(False, "draw collision meshes, which takes a tenth of the time without a GPU")
     act_batch: int = option(0, "observations per forward; 0: all that wait; 1: --workers changes no result")
@@ -278,17 +278,18 @@ def collect(policy, workers, context_of, run, cfg):
     play = partial(rollout, actor=Actor(policy, cfg.act_batch), horizon=load_suite(cfg.suite).HORIZON)
     for episode in simulate(play, workers, queue):
         ended[episode.group] += 1
-        whole = ended[episode.group] == cfg.rollouts
-        rejected = whole and not has_signal(rewards_of([groups[episode.group]]))
-        if rejected and len(groups) < (cfg.groups + cfg.max_rejected) // WORLD:
+        if ended[episode.group] < cfg.rollouts or has_signal(rewards_of([groups[episode.group]])):
+            continue
+        for record in sum([rejected.records for rejected in groups[episode.group]], []):
+            record.pop("observation", None)  # its pictures take memory and are of no more use
+        if len(groups) < (cfg.groups + cfg.max_rejected) // WORLD:
             launch()
     # Every process goes on at the same number, beyond all that any of them has used.
     run["group"] += WORLD * max(gather(len(groups)))
     # All that was launched has ended, so timing does not decide what is kept: quick groups are not favoured.
     groups = [groups[number] for number in sorted(groups)]
-    keep = has_signal(rewards_of(groups))  # C
-    kept = [episode for group, signal in zip(groups, keep) if signal for episode in group]
-    return kept, summary(groups, time.time() - began, cfg)
+    kept = [episode for group in groups if has_signal(rewards_of([group])) for episode in group]
+    return kept, summary(groups, time.time() - began)
 
 def rewards_of(groups):
     """The rewards of C groups of K episodes: (C, K) bool."""
@@ -319,7 +320,8 @@ def update(policy, optimizer, episodes, cfg, run):
     began = time.time()
     rewards = rewards_of([episodes]).view(-1, cfg.rollouts)  # C K
     advantage = leave_one_out_advantage(rewards).flatten()  # E
-    mask, old, recorded = score(policy, episodes, cfg.micro_batch)  # E Q H each
+    micro_batch = cfg.micro_batch or getattr(policy, "micro_batch", 64)
+    mask, old, recorded = score(policy, episodes, micro_batch)  # E Q H each
     # How far off the log-probabilities are that act has recorded: with its batches it runs other kernels.
     drift = (recorded - old)[mask] if episodes else torch.zeros(1)
     ratio_error = (drift.exp() - 1).abs().max().item()
@@ -339,8 +341,8 @@ def update(policy, optimizer, episodes, cfg, run):
             weight *= mine / sum(gather(mine))
             chunks = [(e, q) for e in minibatch for q in range(len(episodes[e].records))]
             log = Counter()
-            for start in range(0, len(chunks), cfg.micro_batch):
-                part = chunks[start:start + cfg.micro_batch]
+            for start in range(0, len(chunks), micro_batch):
+                part = chunks[start:start + micro_batch]
                 log_prob = policy.log_prob([episodes[e].records[q] for e, q in part]).cpu()  # N H
                 e, q = torch.tensor(np.array(part)).T  # N each
                 loss, stats = ppo_clip_loss(log_prob, old[e, q], advantage[e], weight[e, q], cfg.clip)
@@ -403,16 +405,19 @@ class LaplacePolicy(nn.Module):
     @torch.no_grad()
     def act(self, observations, instructions, generators):
         """An action chunk for each of B observations, drawn with its numpy Generator or, for None, the mean:
-        -> B records: "actions" (H, A) for the environment, what log_prob needs, and "scale", the mean b."""
-        mean, log_scale = self.density(observations, instructions)
+        -> B records: "actions" (H, A) for the environment, what log_prob needs, and for the log the mean
+        b as "scale" and the shares of b "at_low" and "at_high", the bounds."""
+        mean, log_b = self.density(observations, instructions)
         size = mean.shape[1:]
         noise = np.stack([np.zeros(size) if g is None else g.laplace(size=size) for g in generators])
-        sample = mean + log_scale.exp() * torch.as_tensor(noise).to(mean)  # B H A
-        log_prob = laplace_log_prob(sample, mean, log_scale)  # B H
+        sample = mean + log_b.exp() * torch.as_tensor(noise).to(mean)  # B H A
+        log_prob = laplace_log_prob(sample, mean, log_b)  # B H
         actions = self.to_env_actions(sample)
+        low, high = torch.tensor(self.scale_range).log().to(mean)
         return [dict(observation=observations[b], instruction=instructions[b], sample=sample[b].cpu().numpy(),
                      log_prob=log_prob[b].cpu().numpy(), actions=actions[b],
-                     scale=log_scale[b].exp().mean().item()) for b in range(len(observations))]
+                     scale=log_b[b].exp().mean().item(), at_low=(log_b[b] <= low).float().mean().item(),
+                     at_high=(log_b[b] >= high).float().mean().item()) for b in range(len(observations))]
 
     def log_prob(self, records):
         """Log-probability of each action step of B records' chunks, with gradient: (B, H)."""
@@ -698,21 +703,18 @@ def reduce_gradients(parameters):
         distributed.all_reduce(flat)
         nn.utils.vector_to_parameters(flat, gradients)
 
-def summary(groups, seconds, cfg):
-    """Statistics of an iteration's groups over all processes. Says so where few groups were kept."""
+def summary(groups, seconds):
+    """Statistics of an iteration's groups over all processes."""
     rewards = rewards_of(groups)  # C K
     episodes = sum(groups, [])
     records = [record for episode in episodes for record in episode.records]
     stats = total(dict(
         kept=has_signal(rewards).sum().item(), solved=rewards.all(-1).sum().item(),
         failed=(~rewards).all(-1).sum().item(), rollouts=len(episodes), successes=rewards.sum().item(),
-        queries=len(records), scale=sum(record["scale"] for record in records),
-        env_steps=sum(sum(episode.executed) for episode in episodes)))
-    if stats["kept"] < cfg.groups:
-        print(f"only {stats['kept']} of {cfg.groups} groups kept: {stats['solved']} were too easy, "
-              f"{stats['failed']} too hard (if both, raise --scale_multiplier)", flush=True)
-    return stats | dict(rollout_success=stats["successes"] / stats["rollouts"], seconds_rollouts=seconds,
-                        scale=stats["scale"] / stats["queries"])
+        queries=len(records), env_steps=sum(sum(episode.executed) for episode in episodes),
+        **{name: sum(record.get(name, 0.0) for record in records) for name in LOGGED}))
+    stats |= {name: stats[name] / stats["queries"] for name in LOGGED}
+    return stats | dict(rollout_success=stats["successes"] / stats["rollouts"], seconds_rollouts=seconds)
 
 def evaluation_contexts(cfg):
     """The held-out contexts of the suite. Nothing else uses their seeds."""
@@ -722,21 +724,18 @@ def evaluation_contexts(cfg):
 def training_context(number, cfg):
     """The context of a group: a demonstrated one, or without --demos a fresh one of the tasks in turn."""
     if cfg.demos:
-        from examples.imitation import demonstrated_contexts  # which reads LIBERO's HDF5 files
-        found = demonstrated_contexts(cfg)  # the paper's D_context
-        return found[np.random.default_rng([cfg.seed, number]).integers(len(found))]
+        from examples.imitation import demonstrated_context  # which reads LIBERO's HDF5 files
+        return demonstrated_context(number, cfg)  # of the paper's D_context
     tasks = list(tasks_of(cfg).items())
     return Context(*tasks[number % len(tasks)], TRAIN_SEEDS * (cfg.seed + 1) + number)
 
 def evaluate(policy, workers, contexts, cfg, name) -> float:
     """Act with the mean in every context: -> the share of successes. Writes evaluation_NAME.json."""
     play = partial(rollout, actor=Actor(policy, cfg.act_batch), horizon=load_suite(cfg.suite).HORIZON)
-    queue = deque(Episode(context) for context in contexts[RANK::WORLD])
-    ended = simulate(play, workers, queue)
+    ended = simulate(play, workers, deque(map(Episode, contexts[RANK::WORLD])))
     mine = {f"{cfg.suite} {e.context.task} {e.context.seed}": e.success for e in ended}
-    outcomes = {key: won for part in gather(mine) for key, won in part.items()}
-    text = json.dumps(outcomes, indent=1, sort_keys=True)
-    write(Path(cfg.out) / f"evaluation_{name}.json", lambda path: path.write_text(text))
+    outcomes = dict(sorted(total(mine).items()))  # 1 for a success
+    write(Path(cfg.out, f"evaluation_{name}.json"), lambda path: path.write_text(json.dumps(outcomes)))
     print(f"{name}: {sum(outcomes.values())} of {len(outcomes)} held-out contexts", flush=True)
     return sum(outcomes.values()) / len(outcomes)
 
@@ -788,7 +787,7 @@ def load_run(path, policy, optimizer):
 def check(cfg):
     """Raise UserError for what can be known to go wrong before any long work starts."""
     least = dict(rollouts=2, image_size=16, task=-1, seed=0, iterations=0, max_rejected=0, act_batch=0,
-                 eval_every=0, momentum=0, sft_steps=0, scale_steps=0)
+                 eval_every=0, momentum=0, micro_batch=0, sft_steps=0, scale_steps=0)
     for name, value in vars(cfg).items():
         if name in least:
             fits = least[name] <= value < 2 ** 31
@@ -825,7 +824,8 @@ def main(argv=None):
     from examples.headless import hold
     with hold(out), open_workers(cfg) as workers:
         policy = load_policy(cfg.model).load(cfg)
-        optimizer = torch.optim.AdamW(policy.parameter_groups(), cfg.lr, (cfg.momentum, 0.999))
+        optimizer = torch.optim.AdamW(policy.parameter_groups(), cfg.lr, (cfg.momentum, 0.999),
+                                      fused=cfg.device != "cpu")
         held_out = evaluation_contexts(cfg)
         write(out / "config.json", lambda path: path.write_text(json.dumps(asdict(cfg), indent=1)))
         if cfg.eval:

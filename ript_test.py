@@ -18,6 +18,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import ript  # before torch is: it says how OpenMP's threads wait
 
@@ -330,17 +331,22 @@ def test_the_multiplier_comes_before_the_clamp_so_that_the_scale_head_decides():
     policy.scale_range = OpenVLAOFT.scale_range
     policy.scale_multiplier = 5.0
     scales = []
+    shares = []
     for b in (0.01, 0.03, 0.05, 0.5):
         with torch.no_grad():
             policy.scale_head.log_b_head.weight.zero_()
             policy.scale_head.log_b_head.bias.fill_(math.log(b))
         log_scale = policy.density(observations, ["lift"])[1]
         scales.append(log_scale.exp().mean().item())
+        record = policy.act(observations, ["lift"], [None])[0]
+        assert_close(record["scale"], scales[-1])
+        shares.append((record["at_low"], record["at_high"]))
         policy.zero_grad()
         log_scale.sum().backward()
         inside = math.exp(-2) < 5 * b < math.exp(0.5)
         assert (policy.scale_head.log_b_head.bias.grad.abs().max() > 0) == inside
     assert_close(scales, [math.exp(-2), 0.15, 0.25, math.exp(0.5)], 1e-5)
+    assert shares == [(1, 0), (0, 0), (0, 0), (0, 1)]
 
 
 def test_a_batch_of_mixed_instructions_equals_them_one_by_one():
@@ -1051,29 +1057,29 @@ def rollouts_that_end_as(outcome, pick=0):
             episode = queue[pick % len(queue)]
             queue.remove(episode)
             episode.success, episode.executed = bool(outcome(episode)), [8]
-            episode.records = [dict(scale=0.1)]
+            episode.records = [dict(scale=0.1, observation="pictures")]
             yield episode
 
     return simulate
 
 
 @pytest.mark.parametrize(
-    "outcome,counts",
+    "outcome,counts",  # solved, failed
     [
-        (lambda e: False, "0 were too easy, 5 too hard"),
-        (lambda e: True, "5 were too easy, 0 too hard"),
-        (lambda e: e.group % 2, "2 were too easy, 3 too hard"),
+        (lambda e: False, (0, 5)),
+        (lambda e: True, (5, 0)),
+        (lambda e: e.group % 2, (2, 3)),
     ],
 )
-def test_uniform_groups_never_reach_the_optimiser_and_are_replaced_up_to_the_cap(
-    monkeypatch, capsys, outcome, counts
-):
-    monkeypatch.setattr(ript, "simulate", rollouts_that_end_as(outcome))
+def test_uniform_groups_never_reach_the_optimiser_and_are_replaced_up_to_the_cap(monkeypatch, outcome, counts):
+    ended = []
+    rollouts = rollouts_that_end_as(outcome)
+    monkeypatch.setattr(ript, "simulate", lambda *args: (ended.append(e) or e for e in rollouts(*args)))
     run = run_of()
     episodes, stats = collect_with([], None, config("--groups", 2, "--rollouts", 2, "--max_rejected", 3), run)
-    assert episodes == [] and stats["kept"] == 0 and stats["solved"] + stats["failed"] == 5
+    assert [list(episode.records[0]) for episode in ended] == [["scale"]] * 10  # no pictures are kept
+    assert episodes == [] and stats["kept"] == 0 and (stats["solved"], stats["failed"]) == counts
     assert run["group"] == 5 and stats["rollouts"] == 10  # 2 groups, and one more for each of 3 rejections
-    assert counts in capsys.readouterr().out
 
 
 def has_both_outcomes(episode):
@@ -1417,7 +1423,14 @@ def children_of(pid):
     return subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
 
 
-def test_a_killed_run_is_resumed_to_the_same_bits_and_leaves_no_process(finished, tmp_path):
+def pause(run, seconds):
+    """Stop all processes of a run that has a session of its own, as Ctrl-Z does, and let them go on."""
+    os.killpg(run.pid, signal.SIGSTOP)
+    time.sleep(seconds)
+    os.killpg(run.pid, signal.SIGCONT)
+
+
+def test_a_killed_run_is_resumed_paused_and_ends_with_the_same_bits_and_no_process(finished, tmp_path):
     command = [sys.executable, HERE / "ript.py", *map(str, QUICK), "--out", tmp_path]
     trainer = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = tmp_path / "metrics.jsonl"
@@ -1429,8 +1442,15 @@ def test_a_killed_run_is_resumed_to_the_same_bits_and_leaves_no_process(finished
     trainer.wait()
     assert len(children) >= 2  # the simulators, which have to notice
     wait_for_the_end_of(children)
-    resumed = launch("--resume", tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
+    command = [sys.executable, HERE / "ript.py", "--resume", tmp_path]
+    resumed = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    while len(children_of(resumed.pid)) < 2:
+        assert resumed.poll() is None
+        time.sleep(0.02)
+    for _ in range(3):  # while it starts, and while it acts
+        time.sleep(2)
+        pause(resumed, 1)
+    assert resumed.wait(600) == 0
     assert rows_without_seconds(tmp_path) == rows_without_seconds(finished[0])
     for name in (
         "last/model.safetensors",
@@ -2323,6 +2343,60 @@ def test_a_run_stays_what_it_is(no_simulators, finished, capsys, arguments, sent
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
+ORIGIN = [  # what a saved policy is not made for
+    ("--suite libero_object --task 0", "made for --suite tabletop, not libero_object"),
+    ("--image_size 128", "made for --image_size 64, not 128"),
+    ("--collision false", "made for --collision True, not False"),
+]
+
+
+@pytest.mark.parametrize("arguments,sentence", ORIGIN)
+def test_a_policy_is_used_for_what_it_was_made_for(no_simulators, finished, tmp, capsys, arguments, sentence):
+    arguments += f" --checkpoint {finished[0]}/last --out {{tmp}}/out"
+    for program in (ript, imitation):
+        assert sentence in one_sentence_of(program, arguments, tmp, capsys)
+    assert not list((tmp / "out").glob("*"))
+
+
+ORIGIN_OF_ADAPTERS = [
+    ("--prefix prompt", "made for --prefix exact, not prompt"),
+    ("--checkpoint {tmp}/other", "made for --checkpoint oft, not other"),
+    ("--image_size 128", "made for --image_size 256, not 128"),
+    ("--scale_head {tmp}/oft/scale_header.pth", "--adapter brings a scale head of its own"),
+]
+
+
+@pytest.fixture(scope="module")
+def saved_adapter(oft, tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("adapter")
+    for name in ("oft", "other"):
+        shutil.copytree(GOLDEN / "tiny_oft", tmp / name, copy_function=shutil.copyfile)
+    scale_head = tmp / "oft/scale_header.pth"
+    cfg = config(*OFT.format(tmp=tmp).split(), "--scale_head", scale_head, "--device", "cpu")
+    OpenVLAOFT.load(cfg).save(tmp / "adapter")
+    return tmp
+
+
+@pytest.mark.parametrize("arguments,sentence", ORIGIN_OF_ADAPTERS)
+def test_an_adapter_is_used_for_what_it_was_made_for(saved_adapter, capsys, arguments, sentence):
+    cfg = config(*OFT.format(tmp=saved_adapter).split(), "--adapter", saved_adapter / "adapter")
+    assert OpenVLAOFT.load(cfg).origin["prefix"] == "exact"
+    arguments = (OFT + "--adapter {tmp}/adapter " + arguments).format(tmp=saved_adapter).split()
+    with pytest.raises(ript.UserError, match=sentence):
+        OpenVLAOFT.load(config(*arguments))
+
+
+def test_the_memory_of_the_gpu_decides_how_many_chunks_have_gradient_at_once(monkeypatch):
+    chosen = {}
+    for card in (16, 22, 23.6, 39.5, 79.2):
+        properties = SimpleNamespace(total_memory=card * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        chosen[card] = openvla_oft.chunks_that_fit("cuda")
+        # As measured on an H100, with room for CUDA and the simulators.
+        assert chosen[card] == 1 or 18.7 + 0.7 * chosen[card] + 3 <= card
+    assert list(chosen.values()) == [1, 1, 2, 16, 16] and openvla_oft.chunks_that_fit("cpu") == 4
+
+
 def test_no_more_held_out_contexts_are_asked_for_than_there_are(no_simulators, tmp_path, capsys):
     arguments = f"--suite libero_object --task 0 --checkpoint {PRETRAINED} --eval"
     arguments += " --eval_contexts 51 --out {tmp}"
@@ -2427,6 +2501,20 @@ def test_help_reads_as_documentation(arguments):
         assert (
             f"--{field.name}" in done.stdout and " ".join(field.metadata["help"].split()[:2]) in done.stdout
         )
+
+
+@pytest.mark.parametrize("arguments", [["--suite", "nowhere"], ["--model", "nothing"], ["--resume", "none"]])
+def test_help_comes_whatever_else_is_wrong(arguments):
+    done = launch("-h", *arguments)
+    assert done.returncode == 0 and "Algorithm 1   repeat M times:" in done.stdout and not done.stderr
+
+
+def test_the_script_alone_prints_its_help_and_gives_the_formulas(tmp_path):
+    shutil.copyfile(HERE / "ript.py", tmp_path / "ript.py")
+    done = subprocess.run([sys.executable, "ript.py", "-h"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "--groups" in done.stdout, done.stderr
+    done = subprocess.run([sys.executable, "ript.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "examples" in done.stderr
 
 
 def test_presets_yield_to_the_command_line_and_libero_long_is_libero_10():

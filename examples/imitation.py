@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import ript
+from policies.openvla_oft import check_origin
 from ript import option
 
 DEMO_SEEDS = 1_000_000  # scripted demonstrations have seeds from here on, and training from ript.TRAIN_SEEDS
@@ -102,6 +103,12 @@ def demonstrated_contexts(cfg):
         for state in ript.read(path, lambda path: [demo["states"][0] for demo in demos_in(path)]):
             contexts.append(ript.Context(task, text, 0, state))
     return contexts
+
+
+def demonstrated_context(number, cfg):
+    """The context of a group: one of D_context, drawn by the group's number."""
+    found = demonstrated_contexts(cfg)
+    return found[np.random.default_rng([cfg.seed, number]).integers(len(found))]
 
 
 def libero_row(demo, t):
@@ -236,7 +243,9 @@ def start(cfg):
     if not cfg.checkpoint:
         return model()
     if issubclass(model, ript.load_policy("tiny")):
-        return model.from_pretrained(cfg.checkpoint)
+        policy = model.from_pretrained(cfg.checkpoint)
+        check_origin(policy.origin, model.origin_of(cfg), cfg.checkpoint)
+        return policy
     return model.from_pretrained(cfg.checkpoint, cfg.suite, prefix=cfg.prefix, device=cfg.device)
 
 
@@ -283,6 +292,7 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)
     out = Path(cfg.out)
     policy = start(cfg).to(cfg.device)
+    policy.origin = policy.origin_of(cfg)
     with ript.open_workers(cfg) as workers:
         demos = (libero_demonstrations if cfg.demos else scripted_demonstrations)(workers, cfg)
         ript.require(demos, f"there is not one demonstration of {cfg.suite}")

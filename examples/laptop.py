@@ -23,7 +23,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 import ript
 from examples import headless
-from policies.openvla_oft import OpenVLAOFT, check_statistics, fetch, read_json, weights_of
+from policies.openvla_oft import OpenVLAOFT, check_origin, check_statistics, fetch, read_json, weights_of
 
 headless.prepare()
 
@@ -87,6 +87,8 @@ class Tiny(OpenVLAOFT):
         missing = cfg.checkpoint.startswith("runs/") and not Path(cfg.checkpoint).exists()
         ript.require(not missing, f"there is no policy in {cfg.checkpoint}: {made}")
         policy = cls.from_pretrained(cfg.checkpoint)
+        check_origin(policy.origin, cls.origin_of(cfg), cfg.checkpoint)
+        policy.origin = cls.origin_of(cfg)
         policy.scale_multiplier = cfg.scale_multiplier
         # The bounds move with the multiplier, so that it is what the name says.
         low, high = np.array(cls.scale_range) * cfg.scale_multiplier
@@ -94,10 +96,19 @@ class Tiny(OpenVLAOFT):
         return policy.to(cfg.device)
 
     @classmethod
+    def origin_of(cls, cfg):
+        """The settings that the weights and the rollouts must agree on; save writes them into config.json."""
+        # Stage 1's suite is stage 3's, before the arm was worn.
+        return dict(suite=cfg.suite.removesuffix("_pretrain"), image_size=cfg.image_size,
+                    collision=cfg.collision)
+
+    @classmethod
     def from_pretrained(cls, path):
         """Read what save wrote. Raises ript.UserError where the files do not fit."""
         folder = ript.read(path, fetch)
-        policy = cls(ript.read(folder / "config.json", cls.read_settings))
+        settings = ript.read(folder / "config.json", cls.read_settings)
+        policy = cls(settings["statistics"])
+        policy.origin = settings.get("origin", {})
         # This copies the weights: to the last bit, results depend on where in memory they are.
         ript.read(folder / "model.safetensors", lambda file: policy.load_state_dict(load_file(file)))
         policy.check_attention()
@@ -105,16 +116,16 @@ class Tiny(OpenVLAOFT):
 
     @staticmethod
     def read_settings(path):
-        """The statistics in a config.json, which has nothing else."""
+        """What a config.json says: the statistics, and the settings that the policy is made for."""
         settings = read_json(path)
-        if set(settings) != {"statistics"}:
+        if not {"statistics"} <= set(settings) <= {"statistics", "origin"}:
             raise ValueError("it is not a tiny policy's")
         check_statistics(settings["statistics"])
-        return settings["statistics"]
+        return settings
 
     def save(self, directory):
         """Write config.json and model.safetensors."""
-        settings = json.dumps(dict(statistics=self.statistics), indent=1)
+        settings = json.dumps(dict(origin=self.origin, statistics=self.statistics), indent=1)
         ript.write(directory / "config.json", lambda path: path.write_text(settings))
         ript.write(directory / "model.safetensors", lambda path: save_file(weights_of(self), path))
 

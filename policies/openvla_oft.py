@@ -186,6 +186,16 @@ def read_base(folder):
         for name, value in read(file, lambda path: bare(read_weights(path))).items():
             yield f"{part}.{name}", value
 
+def check_origin(origin, wanted, folder):
+    """Raise UserError where a saved policy was made under other settings than it is wanted for.
+
+    Both are of origin_of; origin is empty for files that others have made, which do not say."""
+    for name, value in origin.items():
+        # A suite of the user's own may be a variation of the one that the policy is for.
+        own = name == "suite" and ":" in value + wanted[name]
+        require(value == wanted[name] or own,
+                f"the policy in {folder} is made for --{name} {value}, not {wanted[name]}")
+
 def check_statistics(statistics):
     """Raise an error unless there are bounds q01 and q99 of "action", 7 numbers, and of "proprio", 8."""
     for kind, size in (("action", 7), ("proprio", 8)):
@@ -217,9 +227,17 @@ def is_adapter_or_head(name) -> bool:
 
 def released(suite, scale_head, scale_multiplier, **settings):
     """The settings of a suite: the checkpoint of OpenVLA-OFT's authors and the scale head of RIPT's."""
-    return dict(checkpoint=f"moojink/openvla-7b-oft-finetuned-{suite}", act_batch=8, micro_batch=4,
+    return dict(checkpoint=f"moojink/openvla-7b-oft-finetuned-{suite}", act_batch=8,
                 scale_head=f"tanshh97/RIPT_VLA/openvla_oft/scale_header/{scale_head}_scale_header.pth",
                 scale_multiplier=scale_multiplier, **settings)
+
+def chunks_that_fit(device) -> int:
+    """How many chunks a forward with gradient may have in a GPU's memory; more make an update faster."""
+    if not str(device).startswith("cuda"):
+        return OpenVLAOFT.micro_batch
+    # Measured on an H100: 18.7 GiB and 0.7 for each chunk. 3 are left for CUDA and the simulators' pictures.
+    room = torch.cuda.get_device_properties(device).total_memory / 2 ** 30 - 3 - 18.7
+    return next((chunks for chunks in (16, 8, 4, 2) if 0.7 * chunks <= room), 1)
 
 # -------------------------------------------------------------------------------------------------- Policy
 class OpenVLAOFT(LaplacePolicy):
@@ -233,6 +251,7 @@ class OpenVLAOFT(LaplacePolicy):
     (ript/algos/rl_optimizers/openvla_oft_interface.py), what precedes the space does not see what follows it.
     """
     A, BOS, STOP = 7, 1, 2  # action dimensions; Llama's tokens
+    micro_batch = 4  # chunks per forward with gradient; on a GPU its memory decides
     PICTURES = ("agentview_image", "robot0_eye_in_hand_image")
     PROMPT = "In: What action should the robot take to {}?\nOut:"
     TOWER = Tower
@@ -279,6 +298,7 @@ class OpenVLAOFT(LaplacePolicy):
         self.tokenizer = tokenizer
         self.prefix = prefix
         self.lora = None  # the settings of the adapters, where there are any
+        self.origin = {}  # the settings that it is made for, where they are known
         # For good: old and new log-probabilities must come from one function.
         self.eval()
 
@@ -286,18 +306,32 @@ class OpenVLAOFT(LaplacePolicy):
     @classmethod
     def load(cls, cfg):
         """The policy that a run starts from. Without an adapter it gets new ones, and needs a scale head."""
-        scale_head = "" if cfg.adapter or cfg.eval else cfg.scale_head  # an adapter has one of its own
+        usual = cls.PRESET.get(cfg.suite, {}).get("scale_head", "")
+        twice = cfg.adapter and cfg.scale_head not in ("", usual)
+        require(not twice, "--adapter brings a scale head of its own: leave --scale_head out")
+        scale_head = "" if cfg.adapter or cfg.eval else cfg.scale_head
         require(cfg.adapter or scale_head or cfg.eval,
                 "openvla-oft explores with a scale head: --scale_head FILE or --adapter DIR has one, "
                 "python examples/imitation.py --demos DIR fits one")
+        for folder in (Path(cfg.adapter), Path(scale_head).parent):
+            if (folder / "ript.json").exists():
+                check_origin(read(folder / "ript.json", read_json), cls.origin_of(cfg), folder)
         policy = cls.from_pretrained(cfg.checkpoint, cfg.suite, cfg.adapter, scale_head, cfg.prefix,
                                      cfg.device)
+        policy.origin = cls.origin_of(cfg)
         if not (cfg.adapter or cfg.eval):
             policy.add_lora()
         # The scale head stays as it is in stage 3.
         policy.train_only(cls.trained)
         policy.scale_multiplier = cfg.scale_multiplier
+        policy.micro_batch = chunks_that_fit(cfg.device)
         return policy.to(cfg.device)
+
+    @classmethod
+    def origin_of(cls, cfg):
+        """The settings that the weights and the rollouts must agree on; save writes them into ript.json."""
+        return dict(suite=cfg.suite, checkpoint=Path(cfg.checkpoint).name, prefix=cfg.prefix,
+                    image_size=cfg.image_size, collision=cfg.collision)
 
     @classmethod
     def describe(cls, folder, suite):
@@ -419,10 +453,12 @@ class OpenVLAOFT(LaplacePolicy):
             p.requires_grad_(chosen and (is_adapter_or_head(name) or not self.adapters_only))
 
     def save(self, directory):
-        """Write scale_header.pth, and with adapters all that --adapter takes; the base stays where it is."""
-        header = {name: weights_of(module) for name, module in self.scale_parts().items()}
-        write(directory / "scale_header.pth", lambda path: torch.save(header, path))
+        """Write all that --adapter takes, or without adapters scale_header.pth; the base stays where it is."""
+        origin = json.dumps(self.origin, indent=1)
+        write(directory / "ript.json", lambda path: path.write_text(origin))
         if not self.lora:
+            header = {name: weights_of(module) for name, module in self.scale_parts().items()}
+            write(directory / "scale_header.pth", lambda path: torch.save(header, path))
             return
         heads = {name: weights_of(module) for name, module in self.heads().items()}
         write(directory / "openvla_headers.pt", lambda path: torch.save(heads, path))

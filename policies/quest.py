@@ -217,5 +217,4 @@ def text_feature(instruction, source):
         clip = transformers.CLIPModel.from_pretrained(source)
         return clip.get_text_features(**words).pooler_output[0].detach().numpy()
     except Exception as error:  # likewise
-        raise ript.UserError(
-            f"no CLIP feature of {instruction!r}: set QUEST_CLIP as policies/quest.py says; {error}")
+        raise ript.UserError(f"no feature of {instruction!r}: set QUEST_CLIP (policies/quest.py): {error}")
