@@ -681,16 +681,23 @@ def test_adapters_are_saved_as_the_authors_save_them(oft, tmp_path):
     assert set(theirs.pop("target_modules")) == set(ours.pop("target_modules"))
     assert {name: theirs[name] for name in ours} == ours
     again = OpenVLAOFT.from_pretrained(GOLDEN / "tiny_oft", "libero_10", tmp_path, prefix="prompt")
-    header = OpenVLAOFT.from_pretrained(
-        GOLDEN / "tiny_oft", "libero_10", scale_head=tmp_path / "scale_header.pth"
-    )
+    assert not (tmp_path / "scale_header.pth").exists()  # openvla_headers.pt has it
     with torch.no_grad():
         for a, b in zip(
             again.predict(original_observations(g), texts), policy.predict(original_observations(g), texts)
         ):
             assert (a == b).all()
+
+
+def test_a_scale_head_without_adapters_is_saved_as_the_authors_save_it(oft, tmp_path):
+    policy = oft[0]()
+    policy.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"ript.json", "scale_header.pth"}
+    again = OpenVLAOFT.from_pretrained(
+        GOLDEN / "tiny_oft", "libero_10", scale_head=tmp_path / "scale_header.pth"
+    )
     named = dict(policy.named_parameters())
-    assert all((p == named[name]).all() for name, p in header.named_parameters() if "scale_head" in name)
+    assert all((p == named[name]).all() for name, p in again.named_parameters() if "scale_head" in name)
 
 
 def test_the_base_is_bfloat16_where_the_checkpoint_says_so_and_what_trains_is_float32(oft):
@@ -1071,7 +1078,9 @@ def rollouts_that_end_as(outcome, pick=0):
         (lambda e: e.group % 2, (2, 3)),
     ],
 )
-def test_uniform_groups_never_reach_the_optimiser_and_are_replaced_up_to_the_cap(monkeypatch, outcome, counts):
+def test_uniform_groups_never_reach_the_optimiser_and_are_replaced_up_to_the_cap(
+    monkeypatch, outcome, counts
+):
     ended = []
     rollouts = rollouts_that_end_as(outcome)
     monkeypatch.setattr(ript, "simulate", lambda *args: (ended.append(e) or e for e in rollouts(*args)))
@@ -1407,6 +1416,21 @@ def test_a_run_writes_all_its_files_and_what_it_saves_is_what_it_trained(finishe
     assert evaluated.returncode == 0, evaluated.stderr
     ours = json.loads((tmp_path / "e/evaluation_success.json").read_text())
     assert ours == json.loads((out / "evaluation_RIPT.json").read_text()) and len(ours) == 4
+
+
+@pytest.mark.slow
+def test_the_laptop_learns_its_headline(tmp_path):
+    stage_2 = [HERE / "examples/imitation.py", "--suite", "tabletop", "--out", tmp_path / "sft"]
+    subprocess.run([sys.executable, *stage_2], check=True, timeout=600)
+    done = launch("--checkpoint", tmp_path / "sft", "--out", tmp_path / "run", timeout=3000)
+    assert done.returncode == 0, done.stderr
+    won = {}
+    for stage in ("SFT", "RIPT"):
+        outcomes = json.loads((tmp_path / f"run/evaluation_{stage}.json").read_text())
+        assert len(outcomes) == 100
+        won[stage] = sum(outcomes.values())
+    # Three seeds had 15 to 29, and 99 or 100. Another processor has other bits.
+    assert 5 <= won["SFT"] <= 45 and won["RIPT"] >= 95
 
 
 def wait_for_the_end_of(pids):
@@ -2194,8 +2218,6 @@ BAD_ADAPTERS = dict(
 
 @pytest.fixture(scope="module")
 def broken_checkpoints(tmp_path_factory):
-    libero_or_skip()  # whose meshes are asked for before a checkpoint is read
-    golden("golden_oft")
     tmp = tmp_path_factory.mktemp("checkpoints")
     for name in ("oft", "half", "less", "unlisted", "pickle", "two_heads", "statistics", "wordless", "words"):
         shutil.copytree(GOLDEN / "tiny_oft", tmp / name, copy_function=shutil.copyfile)
@@ -2260,29 +2282,35 @@ def no_simulators(monkeypatch):
     monkeypatch.setattr(ript, "open_workers", lambda cfg: nullcontext([]))
 
 
-@pytest.mark.parametrize("arguments,sentence", MISTAKES)
-def test_a_mistake_gets_one_sentence_and_status_2(no_simulators, tmp, capsys, arguments, sentence):
-    if "libero_goal" in arguments:
-        libero_or_skip()
-        arguments += f" --checkpoint {PRETRAINED} --out {{tmp}}/out"
-    elif "--checkpoint" not in arguments and "--resume" not in arguments:
-        arguments += f" --checkpoint {PRETRAINED}"
-    assert sentence.format(tmp=tmp) in one_sentence_of(ript, arguments, tmp, capsys)
+def test_each_mistake_gets_one_sentence_and_status_2(no_simulators, tmp, capsys):
+    other = {}
+    for arguments, sentence in MISTAKES:
+        if "libero_goal" in arguments:
+            arguments += f" --checkpoint {PRETRAINED} --out {{tmp}}/out"
+        elif "--checkpoint" not in arguments and "--resume" not in arguments:
+            arguments += f" --checkpoint {PRETRAINED}"
+        said = one_sentence_of(ript, arguments, tmp, capsys)
+        if sentence.format(tmp=tmp) not in said:
+            other[arguments] = said
+    assert not other and not (tmp / "out").exists()
 
 
-@pytest.mark.parametrize("arguments,sentence", MISTAKES_OF_STAGE_2)
-def test_a_mistake_in_stage_2_gets_one_sentence_and_status_2(no_simulators, tmp, capsys, arguments, sentence):
-    if "libero_goal" in arguments:
-        libero_or_skip()
-    assert sentence.format(tmp=tmp) in one_sentence_of(imitation, arguments + " --out {tmp}/out", tmp, capsys)
+def test_each_mistake_in_stage_2_gets_one_sentence_and_status_2(no_simulators, tmp, capsys):
+    other = {}
+    for arguments, sentence in MISTAKES_OF_STAGE_2:
+        said = one_sentence_of(imitation, arguments + " --out {tmp}/out", tmp, capsys)
+        if sentence.format(tmp=tmp) not in said:
+            other[arguments] = said
+    assert not other and not (tmp / "out").exists()
 
 
-@pytest.mark.parametrize("arguments,sentence", MISTAKES_OF_CHECKPOINTS)
-def test_a_checkpoint_that_does_not_fit_gets_one_sentence(
-    no_simulators, broken_checkpoints, capsys, arguments, sentence
-):
-    said = one_sentence_of(ript, arguments + " --out {tmp}/out", broken_checkpoints, capsys)
-    assert sentence.format(tmp=broken_checkpoints) in said
+def test_each_checkpoint_that_does_not_fit_gets_one_sentence(no_simulators, broken_checkpoints, capsys):
+    other = {}
+    for arguments, sentence in MISTAKES_OF_CHECKPOINTS:
+        said = one_sentence_of(ript, arguments + " --out {tmp}/out", broken_checkpoints, capsys)
+        if sentence.format(tmp=broken_checkpoints) not in said:
+            other[arguments] = said
+    assert not other
 
 
 def test_a_shard_that_the_index_does_not_name_is_not_read(oft, tmp_path):
@@ -2332,15 +2360,15 @@ IDENTITY = [  # what would make another run of one that is there
 ]
 
 
-@pytest.mark.parametrize("arguments,sentence", IDENTITY)
-def test_a_run_stays_what_it_is(no_simulators, finished, capsys, arguments, sentence):
+def test_a_run_stays_what_it_is(no_simulators, finished, capsys):
     run = finished[0]
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(SystemExit) as ended:
-        ript.main(arguments.format(run=run).split())
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and said.count("\n") == 1 and sentence in said
-    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for arguments, sentence in IDENTITY:
+        with pytest.raises(SystemExit) as ended:
+            ript.main(arguments.format(run=run).split())
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.count("\n") == 1 and sentence in said, arguments
+        assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}, arguments
 
 
 ORIGIN = [  # what a saved policy is not made for
@@ -2350,11 +2378,11 @@ ORIGIN = [  # what a saved policy is not made for
 ]
 
 
-@pytest.mark.parametrize("arguments,sentence", ORIGIN)
-def test_a_policy_is_used_for_what_it_was_made_for(no_simulators, finished, tmp, capsys, arguments, sentence):
-    arguments += f" --checkpoint {finished[0]}/last --out {{tmp}}/out"
-    for program in (ript, imitation):
-        assert sentence in one_sentence_of(program, arguments, tmp, capsys)
+def test_a_policy_is_used_for_what_it_was_made_for(no_simulators, finished, tmp, capsys):
+    for arguments, sentence in ORIGIN:
+        arguments += f" --checkpoint {finished[0]}/last --out {{tmp}}/out"
+        for program in (ript, imitation):
+            assert sentence in one_sentence_of(program, arguments, tmp, capsys)
     assert not list((tmp / "out").glob("*"))
 
 
@@ -2377,13 +2405,13 @@ def saved_adapter(oft, tmp_path_factory):
     return tmp
 
 
-@pytest.mark.parametrize("arguments,sentence", ORIGIN_OF_ADAPTERS)
-def test_an_adapter_is_used_for_what_it_was_made_for(saved_adapter, capsys, arguments, sentence):
+def test_an_adapter_is_used_for_what_it_was_made_for(saved_adapter):
     cfg = config(*OFT.format(tmp=saved_adapter).split(), "--adapter", saved_adapter / "adapter")
     assert OpenVLAOFT.load(cfg).origin["prefix"] == "exact"
-    arguments = (OFT + "--adapter {tmp}/adapter " + arguments).format(tmp=saved_adapter).split()
-    with pytest.raises(ript.UserError, match=sentence):
-        OpenVLAOFT.load(config(*arguments))
+    for arguments, sentence in ORIGIN_OF_ADAPTERS:
+        arguments = (OFT + "--adapter {tmp}/adapter " + arguments).format(tmp=saved_adapter).split()
+        with pytest.raises(ript.UserError, match=sentence):
+            OpenVLAOFT.load(config(*arguments))
 
 
 def test_the_memory_of_the_gpu_decides_how_many_chunks_have_gradient_at_once(monkeypatch):

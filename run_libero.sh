@@ -62,8 +62,8 @@ fi
 if [ "${1:-}" = test ]; then
     shift
     cd "$here"
-    echo "running the tests: python -m pytest -q ript_test.py policies/quest_test.py $*"
-    exec python -m pytest -q ript_test.py policies/quest_test.py "$@"
+    echo "running the tests: python -m pytest -q ript_test.py policies examples $*"
+    exec python -m pytest -q ript_test.py policies examples "$@"
 fi
 if [ $# = 0 ]; then
     cd "$here"

@@ -2,7 +2,7 @@
 
     python examples/benchmark.py speed     collect() against the released way of stepping and the limit
     python examples/benchmark.py growth    seconds of an iteration against contexts, K, horizon and workers
-    python examples/benchmark.py collect   how long a collection takes where simulators sleep instead of simulating
+    python examples/benchmark.py collect   how long a collection takes with simulators that only sleep
     python examples/benchmark.py noise     how often LIBERO-Object's expert succeeds under exploration's noise
     python examples/benchmark.py gpu       the 7B on a GPU, in eleven rows: examples/gpu.py
 
@@ -10,7 +10,7 @@ Speed is measured on one task of LIBERO-Object with the same actions from the sa
 
     released   LIBERO's SubprocVectorEnv of OffScreenRenderEnv: two pictures of 256x256 pixels at every step,
                a hard reset for each episode, in lock step
-    robosuite  each worker for itself, with robosuite's own control step and the pictures that a policy looks at
+    robosuite  each worker for itself, with robosuite's control step and the pictures that a policy looks at
     collect    ript.collect, with pictures of the same kind when the policy looks
     limit      each worker for itself, as ript steps: no policy, no messages, nobody to wait for
     physics    each worker for itself: mj_step with the same torques, and the pictures, and nothing else
@@ -45,7 +45,7 @@ ROUNDS = 3
 
 
 class Replay:
-    """A policy that shakes the hand, with the noise that exploration would have, and takes no time or some."""
+    """A policy that shakes the hand, with the noise that exploration would have, in no time or some."""
     chunk, TOKENS = 8, 0
 
     def __init__(self, seconds=0.0):
@@ -199,13 +199,15 @@ class Speed:
         ask(self.workers, "build", [[0]] * number)
         shares = []
         for i in range(number):
-            shares.append([[(self.contexts[group], self.chunks(group, k)) for group, k in self.numbers[i::number]]])
+            mine = self.numbers[i::number]
+            shares.append([[(self.contexts[group], self.chunks(group, k)) for group, k in mine]])
         return EPISODES * self.suite.HORIZON / max(ask(self.workers, method, shares))
 
 
 def speed():
     """Environment steps per second of the five ways, in turns."""
-    settings = "--suite libero_object --task 0 --image_size 256 --rollouts 2 --collision false --max_rejected 0"
+    settings = ("--suite libero_object --task 0 --image_size 256 --rollouts 2 --collision false "
+                "--max_rejected 0")
     cfg = ript.parse_config([*settings.split(), "--groups", str(EPISODES // 2), *sys.argv[2:]])
     cfg = replace(cfg, suite=f"{__file__}:Timed")
     rows = []
@@ -213,7 +215,8 @@ def speed():
         ways = Speed(cfg, workers)
         for _ in range(ROUNDS):
             row = ways.released() | ways.collect()
-            row |= dict(robosuite=ways.alone("robosuite"), limit=ways.alone("alone"), physics=ways.alone("physics"))
+            row |= dict(robosuite=ways.alone("robosuite"), limit=ways.alone("alone"),
+                        physics=ways.alone("physics"))
             for other in ("released", "robosuite", "limit", "physics"):
                 row[f"to_{other}"] = row["collect"] / row[other]
             print("  ".join(f"{name} {value:.3g}" for name, value in row.items()), flush=True)
@@ -253,7 +256,8 @@ def growth():
     cases += [("horizon 16", base, "Coin16"), ("horizon 64", base, "Coin64")]
     rows = []
     for name, settings, suite in cases:
-        cfg = ript.parse_config(["--max_rejected", "0", "--minibatch", "4096", "--checkpoint", str(PRETRAINED)])
+        cfg = ript.parse_config(["--max_rejected", "0", "--minibatch", "4096",
+                                 "--checkpoint", str(PRETRAINED)])
         cfg = replace(cfg, suite=f"{__file__}:{suite}", **settings)
         policy = laptop.Tiny.load(cfg)
         optimizer = torch.optim.AdamW(policy.parameter_groups(), 0.0)
@@ -263,7 +267,8 @@ def growth():
             ask(workers, "build", [[i % 2] for i in range(cfg.workers)])
             episodes, stats = quietly(ript.collect, policy, workers, context_of, run, cfg)
             stats |= quietly(ript.update, policy, optimizer, episodes, cfg, run)
-        rows.append(dict(case=name, rollouts=stats["rollouts"], env_steps=stats["env_steps"], kept=stats["kept"],
+        rows.append(dict(case=name, rollouts=stats["rollouts"], env_steps=stats["env_steps"],
+                         kept=stats["kept"],
                          rollout_seconds=round(stats["seconds_rollouts"], 2),
                          update_seconds=round(stats["seconds_update"], 2)))
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
@@ -310,8 +315,8 @@ def collect():
                 run = dict(iteration=0, group=0)
                 began = time.perf_counter()
                 _, stats = quietly(ript.collect, Replay(seconds), workers, context_of, run, seeded)
-                print(f"policy {seconds * 1000:.0f} ms  seed {seed}  rollouts {stats['rollouts']}  kept {stats['kept']}"
-                      f"  seconds {time.perf_counter() - began:.1f}", flush=True)
+                print(f"policy {seconds * 1000:.0f} ms  seed {seed}  rollouts {stats['rollouts']}  "
+                      f"kept {stats['kept']}  seconds {time.perf_counter() - began:.1f}", flush=True)
     print(f"simulators left behind: {len(multiprocessing.active_children())}")
 
 
@@ -321,7 +326,7 @@ class Noisy(ript.load_suite("libero_object")):
         return {}
 
     def attempt(self, context, scale):
-        """An episode with Laplace noise in the units of LIBERO-Long's policy: -> success, steps, gripper flips."""
+        """An episode with Laplace noise in the units of LIBERO-Long's policy: success, steps, flips."""
         rng = np.random.default_rng(context.seed)
         width = (np.array(ACTION["q99"]) - ACTION["q01"])[:6] / 2
         answer = self.reset(context)
@@ -351,7 +356,8 @@ def noise():
     for task, text in enumerate(suite.INSTRUCTIONS):
         for number, state in enumerate(suite.held_out(task, 4)):
             contexts.append(ript.Context(task, text, number, state))
-    scales = (0.0, 0.135, 0.25, 0.677)  # 0.135 is exp(-2), our least; 0.677 five times that, the least until now
+    # 0.135 is exp(-2), our least; 0.677 is five times that, as if the multiplier came after the clamp.
+    scales = (0.0, 0.135, 0.25, 0.677)
     outcomes = {scale: [] for scale in scales}
     with ript.open_workers(cfg) as workers:
         for start in range(0, len(contexts), 2):

@@ -216,7 +216,8 @@ def gif():
         pictures += 6 * pictures[-1:]
     simulator.env.close()
     images = [Image.fromarray(picture).quantize(96) for picture in pictures]
-    images[0].save(ROOT / "assets/tabletop.gif", save_all=True, append_images=images[1:], duration=110, loop=0)
+    images[0].save(ROOT / "assets/tabletop.gif", save_all=True, append_images=images[1:], duration=110,
+                   loop=0)
 
 
 def titled(frame, title):

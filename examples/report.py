@@ -3,8 +3,8 @@
     python examples/report.py runs/tabletop               also of an evaluation, runs/tabletop_eval
     python examples/report.py runs/tabletop --no_video
 
-It writes evaluation.csv (the outcome of every held-out context), metrics.csv and curve.png (a row and a point per
-iteration) and task0.mp4, task1.mp4, ... (the policy in the first held-out context of each task).
+It writes evaluation.csv (the outcome of every held-out context), metrics.csv and curve.png (a row and a point
+per iteration) and task0.mp4, task1.mp4, ... (the policy in the first held-out context of each task).
 """
 import csv
 import io

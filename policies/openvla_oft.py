@@ -453,7 +453,7 @@ class OpenVLAOFT(LaplacePolicy):
             p.requires_grad_(chosen and (is_adapter_or_head(name) or not self.adapters_only))
 
     def save(self, directory):
-        """Write all that --adapter takes, or without adapters scale_header.pth; the base stays where it is."""
+        """Write all that --adapter takes, or else scale_header.pth; the base stays where it is."""
         origin = json.dumps(self.origin, indent=1)
         write(directory / "ript.json", lambda path: path.write_text(origin))
         if not self.lora:

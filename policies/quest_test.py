@@ -1,4 +1,4 @@
-"""The claims of policies/quest.py, each a test that fails when the claim does. Run: bash run_libero.sh test"""
+"""The claims of policies/quest.py, each a test that fails when it does. Run: bash run_libero.sh test"""
 
 import json
 from pathlib import Path

@@ -1,0 +1,108 @@
+"""Controls for the laptop's headline: what does reinforcement give that imitation does not?
+
+    python examples/evidence.py tabletop       first: the runs that the controls are compared with
+    python examples/controls.py imitation      other ways to spend the time: more of stage 2
+    python examples/controls.py offsets        how the start depends on the offset of the worn arm
+
+All policies are evaluated in 200 contexts that nothing else uses, seeds 150 to 249 of each task; starts under
+other offsets in the usual 100. Tables go to assets/evidence.
+"""
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import ript
+from examples import report
+from examples.evidence import ASSETS, SEEDS, call
+
+TABLETOP = ript.load_suite("tabletop")
+RUNS = ROOT / "runs/evidence"
+# Stage 3 of the tabletop takes about as long as 2,000 steps of stage 2; about 900 of its rollouts succeed.
+IMITATION = {
+    "one demonstration, 2,000 steps": "--sft_steps 2000",
+    "one demonstration, 2,000 steps, larger lr": "--sft_steps 2000 --sft_lr 2e-4",
+    "450 demonstrations, 2,000 steps, larger lr": "--demos_per_task 450 --sft_steps 2000 --sft_lr 2e-4",
+}
+# In place of (0.14, 0.14): x away from the robot, y to its left, in units of the largest command.
+OFFSETS = ((0, 0), (0.07, 0.07), (0.1, 0.1), (0.14, 0.14), (0.2, 0.2), (0.14, -0.14), (-0.14, 0.14),
+           (-0.14, -0.14))
+
+
+class Fresh(TABLETOP):
+    """The tabletop with other held-out contexts, seeds 150 to 249."""
+    def reset(self, context):
+        return super().reset(replace(context, seed=context.seed + 150))
+
+
+def name_of(offset):
+    """The name of the suite with an offset, which is a word."""
+    return "Slip" + "_".join(f"{round(100 * x)}" for x in offset).replace("-", "m")
+
+
+# Suites are chosen by the name of a class.
+for slip in OFFSETS:
+    settings = dict(SLIP=(*slip, 0, 0, 0, 0, 0))
+    globals()[name_of(slip)] = type(name_of(slip), (TABLETOP,), settings)
+
+
+def succeeds(policy, suite, contexts, out):
+    """The outcomes, bool, of a saved policy in the held-out contexts of a suite, in order."""
+    file = out / "evaluation_success.json"
+    if not file.exists():
+        call("ript.py", "--eval", "--suite", suite, "--checkpoint", policy, "--eval_contexts", contexts,
+             "--out", out, stdout=subprocess.DEVNULL)
+    return [bool(won) for _, won in sorted(json.loads(file.read_text()).items())]
+
+
+def imitate(out, *arguments):
+    """Stage 2 with other settings, unless it is there."""
+    if not (out / "model.safetensors").exists():
+        call("examples/imitation.py", *arguments, "--out", out)
+
+
+def imitation():
+    """The start, RIPT, and three kinds of more imitation, three seeds, in fresh contexts."""
+    rows = []
+    for seed in SEEDS:
+        run = RUNS / f"tabletop_{seed}"
+        policies = {"start (SFT)": run / "sft", "RIPT": run / "last"}
+        for name, settings in IMITATION.items():
+            policies[name] = RUNS / f"controls/{len(policies)}_{seed}"
+            imitate(policies[name], "--suite", "tabletop", "--seed", seed, *settings.split())
+        won = {}
+        for number, (name, policy) in enumerate(policies.items()):
+            out = RUNS / f"controls/eval_{number}_{seed}"
+            won[name] = succeeds(policy, f"{__file__}:Fresh", 100, out)
+            gained, lost, p = report.mcnemar(won[name], won.get("RIPT", won[name]))
+            rows.append(dict(seed=seed, policy=name, success=report.interval(sum(won[name]), len(won[name])),
+                             ript_gains=gained, ript_loses=lost, p=f"{p:.1g}"))
+            print("| " + " | ".join(map(str, rows[-1].values())) + " |", flush=True)
+    report.write_csv(ASSETS / "controls.csv", rows)
+
+
+def offsets():
+    """The pretrained policy and the start of seed 0 under each offset."""
+    rows = []
+    for slip in OFFSETS:
+        suite = f"{__file__}:{name_of(slip)}"
+        start = RUNS / f"controls/{name_of(slip)}"
+        # The presets of a suite that is a file are those of its class, so stage 2 is that of the tabletop.
+        imitate(start, "--suite", suite, "--seed", 0)
+        cells = {}
+        for name, policy in {"pretrained": ROOT / "assets/tabletop", "start (SFT)": start}.items():
+            won = succeeds(policy, suite, 50, RUNS / f"controls/eval_{name_of(slip)}_{policy.name}")
+            cells[name] = report.interval(sum(won), len(won))
+        rows.append(dict(x=slip[0], y=slip[1], **cells))
+        print("| " + " | ".join(map(str, rows[-1].values())) + " |", flush=True)
+    report.write_csv(ASSETS / "offsets.csv", rows)
+
+
+if __name__ == "__main__":
+    commands = dict(imitation=imitation, offsets=offsets)
+    if sys.argv[1:2] == [] or sys.argv[1] not in commands:
+        sys.exit(f"controls.py: say which, {' or '.join(commands)}")
+    commands[sys.argv[1]]()
