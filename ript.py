@@ -275,12 +275,13 @@ def collect(policy, workers, context_of, run, cfg):
 
     for _ in range(cfg.groups // WORLD):
         launch()
+    critic = hasattr(policy, "advantages")  # which learns from all groups (examples/critic.py)
     play = partial(rollout, actor=Actor(policy, cfg.act_batch), horizon=load_suite(cfg.suite).HORIZON)
     for episode in simulate(play, workers, queue):
         ended[episode.group] += 1
         if ended[episode.group] < cfg.rollouts or has_signal(rewards_of([groups[episode.group]])):
             continue
-        for record in sum([rejected.records for rejected in groups[episode.group]], []):
+        for record in [] if critic else sum([e.records for e in groups[episode.group]], []):
             record.pop("observation", None)  # its pictures take memory and are of no more use
         if len(groups) < (cfg.groups + cfg.max_rejected) // WORLD:
             launch()
@@ -288,7 +289,7 @@ def collect(policy, workers, context_of, run, cfg):
     run["group"] += WORLD * max(gather(len(groups)))
     # All that was launched has ended, so timing does not decide what is kept: quick groups are not favoured.
     groups = [groups[number] for number in sorted(groups)]
-    kept = [episode for group in groups if has_signal(rewards_of([group])) for episode in group]
+    kept = [episode for group in groups if critic or has_signal(rewards_of([group])) for episode in group]
     return kept, summary(groups, time.time() - began)
 
 def rewards_of(groups):
@@ -297,8 +298,7 @@ def rewards_of(groups):
 
 def score(policy, episodes, micro_batch):
     """-> (E, Q, H) each: what counts, bool; the old log_prob; and log_prob as act has recorded it."""
-    # In bfloat16 another size of batch moves a log_prob by 0.1, which would look like a change of the policy.
-    # So old ones are computed in the way of the new ones.
+    # Old ones are computed as new ones are: in bfloat16 another size of batch moves a log_prob by 0.4.
     queries = max((len(episode.records) for episode in episodes), default=0)
     mask = torch.zeros(len(episodes), queries, policy.TOKENS or policy.chunk, dtype=torch.bool)
     old, recorded = torch.zeros(mask.shape), torch.zeros(mask.shape)
@@ -319,13 +319,13 @@ def update(policy, optimizer, episodes, cfg, run):
     """Algorithm 1, lines 15-17: N passes of minibatches over the kept episodes: -> mean diagnostics."""
     began = time.time()
     rewards = rewards_of([episodes]).view(-1, cfg.rollouts)  # C K
-    advantage = leave_one_out_advantage(rewards).flatten()  # E
     micro_batch = cfg.micro_batch or getattr(policy, "micro_batch", 64)
     mask, old, recorded = score(policy, episodes, micro_batch)  # E Q H each
+    advantage = leave_one_out_advantage(rewards).view(-1, 1).expand(mask.shape[:2])  # E Q
+    if hasattr(policy, "advantages"):
+        advantage = policy.advantages(episodes)  # E Q, of a policy with a critic
     # How far off the log-probabilities are that act has recorded: with its batches it runs other kernels.
-    drift = (recorded - old)[mask] if episodes else torch.zeros(1)
-    ratio_error = (drift.exp() - 1).abs().max().item()
-    act_std = drift.std(correction=0).item()
+    gap = (recorded - old)[mask] if episodes else torch.zeros(1)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     rng = np.random.default_rng([cfg.seed, run["iteration"]])
     # A minibatch is cfg.minibatch episodes of all processes. Each takes as many steps as the others.
@@ -345,7 +345,7 @@ def update(policy, optimizer, episodes, cfg, run):
                 part = chunks[start:start + micro_batch]
                 log_prob = policy.log_prob([episodes[e].records[q] for e, q in part]).cpu()  # N H
                 e, q = torch.tensor(np.array(part)).T  # N each
-                loss, stats = ppo_clip_loss(log_prob, old[e, q], advantage[e], weight[e, q], cfg.clip)
+                loss, stats = ppo_clip_loss(log_prob, old[e, q], advantage[e, q], weight[e, q], cfg.clip)
                 loss.backward()
                 log.update(loss=loss.item(), **{name: value.item() for name, value in stats.items()})
             reduce_gradients(parameters)
@@ -357,8 +357,8 @@ def update(policy, optimizer, episodes, cfg, run):
             optimizer.zero_grad()  # now, so that gradients take no memory during the next rollouts
             logs.append(log)
     means = {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
-    return means | dict(ratio_error=max(gather(ratio_error)), act_std=max(gather(act_std)), updates=len(logs),
-                        seconds_update=time.time() - began)
+    return means | dict(ratio_error=max(gather((gap.exp() - 1).abs().max().item())), updates=len(logs),
+                        act_std=max(gather(gap.std(correction=0).item())), seconds_update=time.time() - began)
 
 # ------------------------------------------------------------------------------------ 3. The policy wrapper
 class ScaleHead(nn.Sequential):
