@@ -2111,6 +2111,7 @@ MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared bel
     ("--checkpoint no/such/run", "no such file or directory, and nothing from the hub"),
     ("--checkpoint {tmp}/none", "cannot read {tmp}/none"),
     ("--checkpoint {tmp}/corrupt", "cannot read {tmp}/corrupt/model.safetensors"),
+    ("--checkpoint {tmp}/a_run", "cannot read {tmp}/a_run: ValueError: it is a run, its policies are in last/"),
     (
         "--checkpoint {tmp}/other",
         "cannot read {tmp}/other/config.json: ValueError: it is not a tiny policy's",
@@ -2138,6 +2139,8 @@ MISTAKES_OF_STAGE_2 = [
 def tmp(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("mistakes")
     (tmp / "file").write_text("")
+    (tmp / "a_run").mkdir()
+    (tmp / "a_run/run.pt").write_text("")
     (tmp / "suite.py").write_text("from pathlib import Path\nhere = Path()\n")
     (tmp / "half.py").write_text("class Suite(")
     for name in ("corrupt", "other", "smaller", "bounds"):

@@ -130,6 +130,8 @@ def openvla_picture(picture):
 def fetch(path) -> Path:
     """A local path as it is; OWNER/NAME or OWNER/NAME/PATH in the Hugging Face hub, downloaded."""
     path = Path(path)
+    if (path / "run.pt").exists():
+        raise ValueError("it is a run, its policies are in last/ and best/")
     if path.exists():
         return path
     if path.is_absolute() or len(path.parts) < 2:
