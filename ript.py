@@ -296,15 +296,17 @@ def rewards_of(groups):
     """The rewards of C groups of K episodes: (C, K) bool."""
     return torch.tensor([[episode.success for episode in group] for group in groups])
 
-def score(policy, episodes, micro_batch):
+def micro_batches(episodes, chosen, size):
+    """The chunks of the chosen episodes, numbers (e, q) of episode and query, in lists of at most size."""
+    chunks = [(e, q) for e in chosen for q in range(len(episodes[e].records))]
+    return [chunks[start:start + size] for start in range(0, len(chunks), size)]
+
+def score(policy, episodes, parts):
     """-> (E, Q, H) each: what counts, bool; the old log_prob; and log_prob as act has recorded it."""
-    # Old ones are computed as new ones are: in bfloat16 another size of batch moves a log_prob by 0.4.
     queries = max((len(episode.records) for episode in episodes), default=0)
     mask = torch.zeros(len(episodes), queries, policy.TOKENS or policy.chunk, dtype=torch.bool)
     old, recorded = torch.zeros(mask.shape), torch.zeros(mask.shape)
-    chunks = [(e, q) for e, episode in enumerate(episodes) for q in range(len(episode.records))]
-    for start in range(0, len(chunks), micro_batch):
-        part = chunks[start:start + micro_batch]
+    for part in parts:
         log_prob = policy.log_prob([episodes[e].records[q] for e, q in part]).detach().cpu()  # N H
         for (e, q), row in zip(part, log_prob):
             if not row.isfinite().all():
@@ -319,43 +321,42 @@ def update(policy, optimizer, episodes, cfg, run):
     """Algorithm 1, lines 15-17: N passes of minibatches over the kept episodes: -> mean diagnostics."""
     began = time.time()
     rewards = rewards_of([episodes]).view(-1, cfg.rollouts)  # C K
-    micro_batch = cfg.micro_batch or getattr(policy, "micro_batch", 64)
-    mask, old, recorded = score(policy, episodes, micro_batch)  # E Q H each
+    split = partial(micro_batches, episodes, size=cfg.micro_batch or getattr(policy, "micro_batch", 64))
+    rng = np.random.default_rng([cfg.seed, run["iteration"]])
+    # A minibatch is cfg.minibatch episodes of all processes. Each takes as many steps as the others.
+    steps = max(gather(math.ceil(len(episodes) * WORLD / cfg.minibatch)))
+    passes = [np.array_split(rng.permutation(len(episodes)), steps) for _ in range(cfg.passes)]
+    # In bfloat16 other batches move a log_prob by 0.4. So old ones are of the first pass's micro-batches.
+    mask, old, recorded = score(policy, episodes, sum(map(split, passes[0]), []))  # E Q H each
     advantage = leave_one_out_advantage(rewards).view(-1, 1).expand(mask.shape[:2])  # E Q
     if hasattr(policy, "advantages"):
         advantage = policy.advantages(episodes)  # E Q, of a policy with a critic
     # How far off the log-probabilities are that act has recorded: with its batches it runs other kernels.
     gap = (recorded - old)[mask] if episodes else torch.zeros(1)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    rng = np.random.default_rng([cfg.seed, run["iteration"]])
-    # A minibatch is cfg.minibatch episodes of all processes. Each takes as many steps as the others.
-    steps = max(gather(math.ceil(len(episodes) * WORLD / cfg.minibatch)))
     logs = []
-    for _ in range(cfg.passes):
-        for minibatch in np.array_split(rng.permutation(len(episodes)), steps):
-            m = mask[minibatch]
-            weight = torch.zeros(mask.shape)
-            weight[minibatch] = loss_weight(m.flatten(1), cfg.loss_per).view(m.shape)
-            # The loss is a mean over the episodes, or steps, of all processes: their weights sum to 1.
-            mine = len(minibatch) if cfg.loss_per == "episode" else int(m.sum())
-            weight *= mine / sum(gather(mine))
-            chunks = [(e, q) for e in minibatch for q in range(len(episodes[e].records))]
-            log = Counter()
-            for start in range(0, len(chunks), micro_batch):
-                part = chunks[start:start + micro_batch]
-                log_prob = policy.log_prob([episodes[e].records[q] for e, q in part]).cpu()  # N H
-                e, q = torch.tensor(np.array(part)).T  # N each
-                loss, stats = ppo_clip_loss(log_prob, old[e, q], advantage[e, q], weight[e, q], cfg.clip)
-                loss.backward()
-                log.update(loss=loss.item(), **{name: value.item() for name, value in stats.items()})
-            reduce_gradients(parameters)
-            log = total(log)
-            log["grad_norm"] = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
-            if not math.isfinite(log["grad_norm"]):
-                raise RuntimeError(f"the gradient is not finite in iteration {run['iteration'] + 1}")
-            optimizer.step()
-            optimizer.zero_grad()  # now, so that gradients take no memory during the next rollouts
-            logs.append(log)
+    for minibatch in sum(passes, []):
+        m = mask[minibatch]
+        weight = torch.zeros(mask.shape)
+        weight[minibatch] = loss_weight(m.flatten(1), cfg.loss_per).view(m.shape)
+        # The loss is a mean over the episodes, or steps, of all processes: their weights sum to 1.
+        mine = len(minibatch) if cfg.loss_per == "episode" else int(m.sum())
+        weight *= mine / sum(gather(mine))
+        log = Counter()
+        for part in split(minibatch):
+            log_prob = policy.log_prob([episodes[e].records[q] for e, q in part]).cpu()  # N H
+            e, q = torch.tensor(np.array(part)).T  # N each
+            loss, stats = ppo_clip_loss(log_prob, old[e, q], advantage[e, q], weight[e, q], cfg.clip)
+            loss.backward()
+            log.update(loss=loss.item(), **{name: value.item() for name, value in stats.items()})
+        reduce_gradients(parameters)
+        log = total(log)
+        log["grad_norm"] = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
+        if not math.isfinite(log["grad_norm"]):
+            raise RuntimeError(f"the gradient is not finite in iteration {run['iteration'] + 1}")
+        optimizer.step()
+        optimizer.zero_grad()  # now, so that gradients take no memory during the next rollouts
+        logs.append(log)
     means = {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
     return means | dict(ratio_error=max(gather((gap.exp() - 1).abs().max().item())), updates=len(logs),
                         act_std=max(gather(gap.std(correction=0).item())), seconds_update=time.time() - began)
@@ -537,8 +538,7 @@ def load_class(known, base, name):
     require(isinstance(found, type) and issubclass(found, base), f"{name} is no subclass of {base.__name__}")
     return found
 
-# load_policy(name): the class of a policy, by its name or FILE.py:Class
-load_policy = cache(partial(load_class, POLICIES, nn.Module))
+load_policy = cache(partial(load_class, POLICIES, nn.Module))  # -> a policy's class, by name or FILE.py:Class
 
 @cache
 def load_suite(name):

@@ -1267,6 +1267,26 @@ def test_old_log_probabilities_come_from_the_updates_own_computation():
     assert stats["ratio_error"] == pytest.approx(math.exp(0.1) - 1, rel=1e-3)
 
 
+class FarFromExact(Tiny):
+    """A policy whose log-probabilities depend on what else is in the batch, as in bfloat16 on a GPU."""
+
+    def log_prob(self, records):
+        beside = sum(float(record["sample"].sum()) for record in records)
+        return super().log_prob(records) + math.sin(1000 * beside)
+
+
+@pytest.mark.parametrize("micro_batch", [2, 3])
+def test_the_first_step_has_a_ratio_of_exactly_one_whatever_batches_do_to_log_probabilities(micro_batch):
+    policy = small_policy()
+    policy.__class__ = FarFromExact
+    episodes = made_up_episodes(policy)
+    optimizer = torch.optim.AdamW(policy.parameter_groups(), lr=0.0)
+    cfg = update_config("--minibatch", 4, "--micro_batch", micro_batch)
+    stats = ript.update(policy, optimizer, episodes, cfg, run_of())
+    # Minibatches are drawn, and their last micro-batches are smaller ones.
+    assert stats["updates"] > 1 and stats["ratio"] == pytest.approx(1, abs=1e-6) and stats["approx_kl"] == 0
+
+
 def break_policy(policy):
     with torch.no_grad():
         policy.action_head.model.fc2.bias[2] = math.nan

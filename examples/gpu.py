@@ -85,6 +85,11 @@ def episode(records, success=False):
     context = ript.Context(0, records[0]["instruction"], 0)
     return ript.Episode(context, records=records, executed=[8] * len(records), success=success)
 
+def score(policy, records, micro_batch):
+    """ript.score of records, so many at once."""
+    episodes = [episode(records)]
+    return ript.score(policy, episodes, ript.micro_batches(episodes, [0], micro_batch))
+
 def describe(log_ratio):
     """What PPO would take for a change of the policy."""
     beyond = ((log_ratio.exp() - 1).abs() > 0.1).float().mean()
@@ -196,7 +201,7 @@ def agreement(bench):
                 for batch in (1, 8):
                     records = bench.act(bench.chunks, batch)
                     for micro in bench.micro if b == 0.135 else (4,):
-                        _, old, recorded = ript.score(policy, [episode(records)], micro)
+                        _, old, recorded = score(policy, records, micro)
                         say(f"{policy.prefix}, b {b}, act_batch {batch}, micro_batch {micro}: "
                             f"{describe(old - recorded)}")
         with torch.no_grad():
@@ -218,10 +223,10 @@ def yardstick(bench):
     error = (means[0] - means[1]).abs()
     say(f"bfloat16's error in the mean: {error.mean():.4f}, largest {error.max():.4f}")
     for batch, acted in records.items():
-        _, truth, recorded = ript.score(precise, [episode(acted)], 4)
+        _, truth, recorded = score(precise, acted, 4)
         say(f"act_batch {batch}: {describe(recorded - truth)}")
     for micro in bench.micro:
-        _, old, _ = ript.score(bench.policy, [episode(acted)], micro)
+        _, old, _ = score(bench.policy, acted, micro)
         say(f"micro_batch {micro}: {describe(old - truth)}")
 
 def memory(bench):
