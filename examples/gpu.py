@@ -33,7 +33,8 @@ from torch import distributed
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import ript
 from examples import headless
-from policies.openvla_oft import OpenVLAOFT, fill, is_adapter_or_head
+from policies.files import fill
+from policies.openvla_oft import OpenVLAOFT, is_adapter_or_head
 
 # The sizes of openvla-7b-oft-finetuned-libero-10, and the bounds of its actions.
 FULL = dict(vocab_size=32064, pad_token_id=32000, hidden_size=4096, intermediate_size=11008,

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import ript
-from policies.openvla_oft import check_origin
+from policies.files import check_origin
 from ript import option
 
 DEMO_SEEDS = 1_000_000  # scripted demonstrations have seeds from here on, and training from ript.TRAIN_SEEDS

@@ -23,7 +23,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 import ript
 from examples import headless
-from policies.openvla_oft import OpenVLAOFT, check_origin, check_statistics, fetch, read_json, weights_of
+from policies.files import check_origin, check_statistics, fetch, read_json, weights_of
+from policies.openvla_oft import OpenVLAOFT
 
 headless.prepare()
 
