@@ -16,7 +16,6 @@ import copy
 import gc
 import importlib.util
 import lzma
-import math
 import os
 import pickle
 import resource
