@@ -21,11 +21,11 @@ from examples.evidence import ASSETS, SEEDS, call
 
 TABLETOP = ript.load_suite("tabletop")
 RUNS = ROOT / "runs/evidence"
-# Stage 3 of the tabletop takes about as long as 2,000 steps of stage 2; about 900 of its rollouts succeed.
+# Stage 3 of the tabletop takes about as long as 500 steps of stage 2; about 900 of its rollouts succeed.
 IMITATION = {
-    "one demonstration, 2,000 steps": "--sft_steps 2000",
-    "one demonstration, 2,000 steps, larger lr": "--sft_steps 2000 --sft_lr 2e-4",
-    "450 demonstrations, 2,000 steps, larger lr": "--demos_per_task 450 --sft_steps 2000 --sft_lr 2e-4",
+    "one demonstration, 500 steps": "--sft_steps 500",
+    "one demonstration, 500 steps, larger lr": "--sft_steps 500 --sft_lr 2e-4",
+    "450 demonstrations, 500 steps, larger lr": "--demos_per_task 450 --sft_steps 500 --sft_lr 2e-4",
 }
 # In place of (0.14, 0.14): x away from the robot, y to its left, in units of the largest command.
 OFFSETS = ((0, 0), (0.07, 0.07), (0.1, 0.1), (0.14, 0.14), (0.2, 0.2), (0.14, -0.14), (-0.14, 0.14),
