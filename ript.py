@@ -55,7 +55,7 @@ sys.modules.setdefault("ript", sys.modules[__name__])
 
 # --------------------------------------------------------------------------------------- 1. Configuration
 POLICIES = {"tiny": "examples.laptop:Tiny", "openvla-oft": "policies.openvla_oft:OpenVLAOFT",
-            "quest": "policies.quest:QueST"}
+            "quest": "policies.quest:QueST", "pi0": "policies.pi0:Pi0"}
 # The suites of LIBERO, with the control steps of their longest demonstrations.
 LIBERO = dict(libero_spatial=220, libero_object=280, libero_goal=300, libero_10=520, libero_90=400)
 SUITES = dict.fromkeys(LIBERO, "examples.laptop:Laptop") | {"libero_object": "examples.laptop:LiberoObject",

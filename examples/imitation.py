@@ -165,6 +165,8 @@ def checked_demo(demo, task, text, worker, cfg):
 # ------------------------------------------------------------------------------------------------ learning
 def imitation_loss(policy, stage, observations, instructions, actions):
     """Of demonstrated actions (B, H, 7) in the environment's units: L1 for "sft", Laplace NLL for "scale"."""
+    if hasattr(policy, "imitation_loss"):
+        return policy.imitation_loss(observations, instructions, actions)  # one of its own (examples/flow.py)
     mean, log_scale = policy.predict(observations, instructions)
     target = policy.from_env_actions(actions).to(mean)  # B H A
     if stage == "sft":
@@ -299,7 +301,7 @@ def main(argv=None):
         if not cfg.checkpoint:
             measure_bounds(policy, demos, getattr(suite, "MEASURED", ("proprio", "action")))
         if cfg.sft_steps:
-            print(f"SFT on {len(demos)} demonstrations: L1 {sft(policy, demos, cfg):.4f}", flush=True)
+            print(f"SFT on {len(demos)} demonstrations: loss {sft(policy, demos, cfg):.4f}", flush=True)
         if cfg.scale_steps:
             print(f"scale head: NLL {fit_scale_head(policy, demos, cfg):.2f} per action step", flush=True)
     policy.save(out)
