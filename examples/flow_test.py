@@ -56,8 +56,9 @@ def test_a_chain_is_drawn_from_and_scored_with_the_gaussian_of_the_published_for
         v = velocity_of(policy, record, number)
         # The form of Flow-GRPO, equation 9: the Euler step, and a correction by the score.
         mean = x - d * (v + s ** 2 / (2 * t) * (x + (1 - t) * v))
-        torch.testing.assert_close((after - mean) / (s * math.sqrt(d)), noise[number + 1], atol=1e-3, rtol=1e-3)
-        expected.append(Normal(mean, s * math.sqrt(d)).log_prob(after).sum(-1))
+        std = s * math.sqrt(d)
+        torch.testing.assert_close((after - mean) / std, noise[number + 1], atol=1e-3, rtol=1e-3)
+        expected.append(Normal(mean, std).log_prob(after).sum(-1))
     expected = torch.cat(expected)
     assert expected.shape == ((8,) if kind is Flow else (32,))
     torch.testing.assert_close(policy.log_prob([record])[0].detach(), expected, atol=1e-3, rtol=1e-4)
