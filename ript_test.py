@@ -1301,7 +1301,7 @@ def test_actions_and_log_probabilities_that_are_not_finite_stop_the_run(workers)
     episodes = made_up_episodes(policy)
     break_policy(policy)
     optimizer = torch.optim.AdamW(policy.parameter_groups())
-    with pytest.raises(RuntimeError, match=r"log_prob is not finite in iteration 1, group \d, Context.task=\d"):
+    with pytest.raises(RuntimeError, match=r"log_prob is not finite in iteration 1, group \d, Context"):
         ript.update(policy, optimizer, episodes, update_config(), run_of())
 
 
@@ -2131,7 +2131,7 @@ MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared bel
     ("--checkpoint no/such/run", "no such file or directory, and nothing from the hub"),
     ("--checkpoint {tmp}/none", "cannot read {tmp}/none"),
     ("--checkpoint {tmp}/corrupt", "cannot read {tmp}/corrupt/model.safetensors"),
-    ("--checkpoint {tmp}/a_run", "cannot read {tmp}/a_run: ValueError: it is a run, its policies are in last/"),
+    ("--checkpoint {tmp}/a_run", "cannot read {tmp}/a_run: ValueError: it is a run, its policies are"),
     (
         "--checkpoint {tmp}/other",
         "cannot read {tmp}/other/config.json: ValueError: it is not a tiny policy's",
