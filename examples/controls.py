@@ -77,8 +77,9 @@ def imitation():
         for number, (name, policy) in enumerate(policies.items()):
             out = RUNS / f"controls/eval_{number}_{seed}"
             won[name] = succeeds(policy, f"{__file__}:Fresh", 100, out)
-            gained, lost, p = report.mcnemar(won[name], won.get("RIPT", won[name]))
-            rows.append(dict(seed=seed, policy=name, success=report.interval(sum(won[name]), len(won[name])),
+        for name, outcomes in won.items():
+            gained, lost, p = report.mcnemar(outcomes, won["RIPT"])
+            rows.append(dict(seed=seed, policy=name, success=report.interval(sum(outcomes), len(outcomes)),
                              ript_gains=gained, ript_loses=lost, p=f"{p:.1g}"))
             print("| " + " | ".join(map(str, rows[-1].values())) + " |", flush=True)
     report.write_csv(ASSETS / "controls.csv", rows)
