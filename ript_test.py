@@ -2600,6 +2600,23 @@ def test_every_experiment_of_the_readme_is_a_run_that_ript_accepts():
         ript.check(config(*shared.split(), *stage_3.split()))
 
 
+def test_the_controls_are_suites_with_the_offsets_and_seeds_that_they_say():
+    file = str(HERE / "examples/controls.py")
+    controls = runpy.run_path(file)
+    for offset in controls["OFFSETS"]:
+        suite = load_suite(f"{file}:{controls['name_of'](offset)}")
+        assert suite.SLIP[:2] == offset and suite.IMITATION == load_suite("tabletop").IMITATION
+    suite = load_suite(f"{file}:Fresh")
+    simulator = suite(64, True)
+    simulator.reset(Context(0, TASKS[0], 7))
+    place = simulator.cube().copy()
+    simulator.env.close()
+    simulator = load_suite("tabletop")(64, True)
+    simulator.reset(Context(0, TASKS[0], 157))
+    assert (simulator.cube() == place).all()
+    simulator.env.close()
+
+
 def test_metrics_and_checkpoints_are_written_whole_or_not_at_all(tmp_path):
     def limit(size):  # of files, as a disk that is full
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
