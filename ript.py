@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import json
 import math
-import multiprocessing
+import multiprocessing.resource_tracker
 import pkgutil
 import runpy
 import signal
@@ -42,7 +42,6 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import cache, partial
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Literal, NamedTuple, Optional
 
@@ -273,24 +272,25 @@ def collect(policy, workers, context_of, run, cfg):
         groups[number] = [Episode(context_of(number), number, (*noise, k)) for k in range(cfg.rollouts)]
         queue.extend(groups[number])
 
+    def rejected(group):
+        # A critic learns from groups without signal too (examples/critic.py).
+        return not (hasattr(policy, "advantages") or has_signal(rewards_of([group])))
+
     for _ in range(cfg.groups // WORLD):
         launch()
-    critic = hasattr(policy, "advantages")  # which learns from all groups (examples/critic.py)
     play = partial(rollout, actor=Actor(policy, cfg.act_batch), horizon=load_suite(cfg.suite).HORIZON)
     for episode in simulate(play, workers, queue):
         ended[episode.group] += 1
-        if ended[episode.group] < cfg.rollouts or has_signal(rewards_of([groups[episode.group]])):
-            continue
-        for record in [] if critic else sum([e.records for e in groups[episode.group]], []):
-            record.pop("observation", None)  # its pictures take memory and are of no more use
-        if len(groups) < (cfg.groups + cfg.max_rejected) // WORLD:
-            launch()
+        if ended[episode.group] == cfg.rollouts and rejected(groups[episode.group]):
+            for record in sum([e.records for e in groups[episode.group]], []):
+                record.pop("observation", None)  # its pictures take memory and are of no more use
+            if len(groups) < (cfg.groups + cfg.max_rejected) // WORLD:
+                launch()
     # Every process goes on at the same number, beyond all that any of them has used.
     run["group"] += WORLD * max(gather(len(groups)))
     # All that was launched has ended, so timing does not decide what is kept: quick groups are not favoured.
-    groups = [groups[number] for number in sorted(groups)]
-    kept = [episode for group in groups if critic or has_signal(rewards_of([group])) for episode in group]
-    return kept, summary(groups, time.time() - began)
+    kept = [episode for group in groups.values() if not rejected(group) for episode in group]
+    return kept, summary(list(groups.values()), time.time() - began)
 
 def rewards_of(groups):
     """The rewards of C groups of K episodes: (C, K) bool."""
@@ -408,17 +408,17 @@ class LaplacePolicy(nn.Module):
         """An action chunk for each of B observations, drawn with its numpy Generator or, for None, the mean:
         -> B records: "actions" (H, A) for the environment, what log_prob needs, and for the log the mean
         b as "scale" and the shares of b "at_low" and "at_high", the bounds."""
-        mean, log_b = self.density(observations, instructions)
+        mean, log_scale = self.density(observations, instructions)
         size = mean.shape[1:]
         noise = np.stack([np.zeros(size) if g is None else g.laplace(size=size) for g in generators])
-        sample = mean + log_b.exp() * torch.as_tensor(noise).to(mean)  # B H A
-        log_prob = laplace_log_prob(sample, mean, log_b)  # B H
+        sample = mean + log_scale.exp() * torch.as_tensor(noise).to(mean)  # B H A
+        log_prob = laplace_log_prob(sample, mean, log_scale)  # B H
         actions = self.to_env_actions(sample)
-        low, high = torch.tensor(self.scale_range).log().to(mean)
+        lo, hi = torch.tensor(self.scale_range).log().to(mean)
         return [dict(observation=observations[b], instruction=instructions[b], sample=sample[b].cpu().numpy(),
-                     log_prob=log_prob[b].cpu().numpy(), actions=actions[b],
-                     scale=log_b[b].exp().mean().item(), at_low=(log_b[b] <= low).float().mean().item(),
-                     at_high=(log_b[b] >= high).float().mean().item()) for b in range(len(observations))]
+                     log_prob=log_prob[b].cpu().numpy(), scale=log_scale[b].exp().mean().item(),
+                     actions=actions[b], at_low=(log_scale[b] <= lo).float().mean().item(),
+                     at_high=(log_scale[b] >= hi).float().mean().item()) for b in range(len(observations))]
 
     def log_prob(self, records):
         """Log-probability of each action step of B records' chunks, with gradient: (B, H)."""
@@ -594,7 +594,7 @@ class Worker:
         self.pipe, end = spawn.Pipe()
         self.process = spawn.Process(target=serve, args=(end, *self.settings), daemon=True)
         # The child inherits that Ctrl-C is for the trainer alone.
-        resource_tracker.ensure_running()  # here, because it would unblock the signal
+        multiprocessing.resource_tracker.ensure_running()  # here, because it would unblock the signal
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         self.process.start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])

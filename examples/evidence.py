@@ -2,7 +2,7 @@
 
     python examples/evidence.py              lists the experiments
     python examples/evidence.py k4 k16       stages 2 and 3 for each seed, as far as runs/evidence lacks them
-    python examples/evidence.py senses       the tabletop's policies, misled and blind
+    python examples/evidence.py senses NAME  the policies of tabletop or one_scene, misled and blind
     python examples/evidence.py gif          the tabletop before and after, assets/tabletop.gif
 
 Of each run, assets/evidence keeps metrics.csv and evaluation.csv, every context's outcome.
@@ -24,6 +24,7 @@ import ript
 from examples import headless, laptop, report
 
 ASSETS = ROOT / "assets/evidence"
+LIBERO_SUITES = ROOT / "examples/libero_suites.py"
 SEEDS = (0, 1, 2)
 # Of each: settings of both stages, of stage 2, of stage 3, over the suite's presets.
 EXPERIMENTS = dict(
@@ -41,8 +42,17 @@ EXPERIMENTS = dict(
     transfer=(f"--suite {__file__}:HandOver", "", ""),
     transfer_head=(f"--suite {__file__}:HandOver --model {__file__}:HeadOnly", "", ""),
     transfer_move=(f"--suite {__file__}:Move --model {__file__}:HeadOnly", "", ""),
-    # 4 demonstrations, 4 iterations
+    # Several optimiser steps on the same rollouts, without and with the clip, and at a quarter of the rate.
+    passes4=("", "", "--passes 4"),
+    passes4_noclip=("", "", "--passes 4 --clip 1000"),
+    passes4_quarter=("", "", "--passes 4 --lr 5e-5"),
+    # 4 demonstrations per instruction, 4 iterations
     libero=("--suite libero_object --task 0", "", ""),
+    libero_1=("--suite libero_object --task 1", "", ""),
+    libero_2=("--suite libero_object --task 2", "", ""),
+    libero_3=("--suite libero_object --task 3", "", ""),
+    one_scene=(f"--suite {LIBERO_SUITES}:OneScene", "", ""),
+    bowl=(f"--suite {LIBERO_SUITES}:Goal --task 6", "", ""),
 )
 TABLETOP = ript.load_suite("tabletop")
 
@@ -172,26 +182,33 @@ class Blind(TABLETOP):
         return np.full((size, size, 3), 128, np.uint8)
 
 
-def senses():
-    """Success of the tabletop's policies as they are, with the other instruction, and with grey pictures."""
-    print("| seed | | as it is | other instruction | grey pictures |\n|---|---|---|---|---|")
+# Of an experiment: suites in which its policies are evaluated again, and what is different there.
+SENSES = dict(
+    tabletop={"as it is": "tabletop", "other instruction": f"{__file__}:Misled",
+              "grey pictures": f"{__file__}:Blind"},
+    one_scene={"as it is": f"{LIBERO_SUITES}:OneScene", "other instruction": f"{LIBERO_SUITES}:Misled"},
+)
+
+
+def senses(name="tabletop"):
+    """Success of an experiment's policies as they are, with the other instruction, and with grey pictures."""
+    print(f"| seed | | {' | '.join(SENSES[name])} |\n|---|---|{'---|' * len(SENSES[name])}")
     rows = []
     for seed in SEEDS:
         for stage, policy in dict(SFT="sft", RIPT="last").items():
-            cells = []
-            for suite in ("tabletop", f"{__file__}:Misled", f"{__file__}:Blind"):
+            cells = {}
+            for title, suite in SENSES[name].items():
                 out = ROOT / "runs/evidence/senses"
-                run = ROOT / f"runs/evidence/tabletop_{seed}"
+                run = ROOT / f"runs/evidence/{name}_{seed}"
                 # What they print would interrupt the table.
                 call("ript.py", "--eval", "--suite", suite, "--checkpoint", run / policy, "--out", out,
                      stdout=subprocess.DEVNULL)
                 call("examples/report.py", out, "--no_video", stdout=subprocess.DEVNULL)
                 won = [int(row["success"]) for row in read(out / "evaluation.csv")]
-                cells.append(report.interval(sum(won), len(won)))
-            print(f"| {seed} | {stage} | " + " | ".join(cells) + " |", flush=True)
-            rows.append({"seed": seed, "stage": stage, "as it is": cells[0], "other instruction": cells[1],
-                         "grey pictures": cells[2]})
-    report.write_csv(ASSETS / "senses.csv", rows)
+                cells[title] = report.interval(sum(won), len(won))
+            print(f"| {seed} | {stage} | " + " | ".join(cells.values()) + " |", flush=True)
+            rows.append(dict(seed=seed, stage=stage, **cells))
+    report.write_csv(ASSETS / f"senses_{name}.csv", rows)
 
 
 def gif():
@@ -231,8 +248,8 @@ def titled(frame, title):
 
 if __name__ == "__main__":
     names = sys.argv[1:]
-    if names in (["senses"], ["gif"]):
-        sys.exit(dict(senses=senses, gif=gif)[names[0]]())
+    if names[:1] in (["senses"], ["gif"]):
+        sys.exit(dict(senses=senses, gif=gif)[names[0]](*names[1:]))
     if not names or set(names) - set(EXPERIMENTS):
         sys.exit("the experiments: " + ", ".join(EXPERIMENTS))
     for name in names:

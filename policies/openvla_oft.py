@@ -221,7 +221,8 @@ class OpenVLAOFT(LaplacePolicy):
         require(cfg.adapter or scale_head or cfg.eval,
                 "openvla-oft explores with a scale head: --scale_head FILE or --adapter DIR has one, "
                 "python examples/imitation.py --demos DIR fits one")
-        for folder in (Path(cfg.adapter), Path(scale_head).parent):
+        if cfg.adapter or scale_head:
+            folder = Path(cfg.adapter or Path(scale_head).parent)
             if (folder / "ript.json").exists():
                 check_origin(read(folder / "ript.json", read_json), cls.origin_of(cfg), folder)
         policy = cls.from_pretrained(cfg.checkpoint, cfg.suite, cfg.adapter, scale_head, cfg.prefix,
