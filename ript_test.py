@@ -2621,6 +2621,23 @@ def test_the_controls_are_suites_with_the_offsets_and_seeds_that_they_say():
     simulator.env.close()
 
 
+def test_with_the_clip_a_second_pass_takes_back_much_of_the_first_and_without_it_adds_to_it():
+    controls = runpy.run_path(str(HERE / "examples/controls.py"))
+    start = pretrained()
+    records = start.act(random_observations(64), TASKS * 32, [np.random.default_rng(i) for i in range(64)])
+    rewards = np.random.default_rng(0).random((8, 8)) < 0.5
+    episodes = []
+    for number, (record, success) in enumerate(zip(records, rewards.flatten())):
+        context = Context(number % 2, TASKS[number % 2], number)
+        episodes.append(Episode(context, number // 8, (0, 0, number // 8, number % 8), [record], [8], success))
+
+    def kl(passes, clip):
+        cfg = config("--checkpoint", PRETRAINED, "--passes", passes, "--clip", clip)
+        return controls["moved"](start, controls["updated"](episodes, cfg), episodes)["approx_kl"]
+
+    assert kl(2, 0.1) < kl(1, 0.1) / 2 and kl(2, 1e6) > kl(1, 0.1) * 2
+
+
 def test_in_one_scene_the_instruction_decides_what_succeeds():
     libero_or_skip()
     file = str(HERE / "examples/libero_suites.py")

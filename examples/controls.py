@@ -32,8 +32,10 @@ IMITATION = {
     "450 demonstrations, 500 steps, larger lr": "--demos_per_task 450 --sft_steps 500 --sft_lr 2e-4",
 }
 # In place of (0.14, 0.14): of the commands along x and y, in units of the largest.
-# Learning rate (the preset's is 2e-4) and clip.
-STEPS = ((2e-4, 0.1), (2e-4, 1e6), (5e-5, 0.1), (5e-5, 1e6))
+# Of one update each: what differs from the preset, which has no momentum. A clip of 1e6 is none.
+STEPS = (dict(lr=2e-4, clip=0.1), dict(lr=2e-4, clip=0.5), dict(lr=2e-4, clip=1e6), dict(lr=5e-5, clip=0.1),
+         dict(lr=5e-5, clip=1e6), dict(lr=1e-5, clip=0.1), dict(lr=1e-5, clip=1e6),
+         dict(lr=2e-4, clip=0.1, momentum=0.9), dict(lr=2e-4, clip=1e6, momentum=0.9))
 PASSES = (1, 2, 4, 8)
 OFFSETS = ((0, 0), (0.07, 0.07), (0.1, 0.1), (0.14, 0.14), (0.2, 0.2), (0.14, -0.14), (-0.14, 0.14),
            (-0.14, -0.14))
@@ -117,36 +119,42 @@ def passes():
                         out=RUNS / "controls/passes")
         words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
         cfg = ript.parse_config(words)
+        contexts = ript.evaluation_contexts(cfg)
         with ript.open_workers(cfg) as workers:
             start = laptop.Tiny.load(cfg)
             context_of = partial(ript.training_context, cfg=cfg)
-            run = dict(iteration=0, group=0)
-            episodes, _ = ript.collect(start, workers, context_of, run, cfg)
-            chunks = ript.micro_batches(episodes, range(len(episodes)), cfg.micro_batch)
-            mask, old, _ = ript.score(start, episodes, chunks)
-            for lr, clip in STEPS:
+            episodes, _ = ript.collect(start, workers, context_of, dict(iteration=0, group=0), cfg)
+            for change in STEPS:
                 for number in PASSES:
-                    changed = replace(cfg, lr=lr, clip=clip, passes=number)
-                    row = one_update(changed, workers, episodes, chunks, mask, old, run)
-                    rows.append(dict(seed=seed, lr=lr, clip=clip, passes=number, **row))
+                    changed = replace(cfg, **change, passes=number)
+                    policy = updated(episodes, changed)
+                    success = ript.evaluate(policy, workers, contexts, changed, "passes")
+                    row = dict(seed=seed, lr=changed.lr, clip=changed.clip, momentum=changed.momentum,
+                               passes=number,
+                               success=report.interval(round(success * len(contexts)), len(contexts)))
+                    rows.append(row | moved(start, policy, episodes))
                     print("| " + " | ".join(map(str, rows[-1].values())) + " |", flush=True)
     report.write_csv(ASSETS / "passes.csv", rows)
 
 
-def one_update(cfg, workers, episodes, chunks, mask, old, run):
-    """Success after an update of the start, and how far log_prob has moved from old (E, Q, H) under mask."""
+def updated(episodes, cfg):
+    """The policy of cfg.checkpoint after an update."""
     policy = laptop.Tiny.load(cfg)
     optimizer = torch.optim.AdamW(policy.parameter_groups(), cfg.lr, (cfg.momentum, 0.999))
-    ript.update(policy, optimizer, episodes, cfg, run)
+    ript.update(policy, optimizer, episodes, cfg, dict(iteration=0))
+    return policy
+
+
+def moved(start, policy, episodes):
+    """How far a policy is from start on recorded rollouts: KL, and the share of ratios off 1 by over 0.1."""
+    chunks = ript.micro_batches(episodes, range(len(episodes)), 256)
+    mask, old, _ = ript.score(start, episodes, chunks)
     _, new, _ = ript.score(policy, episodes, chunks)
     log_ratio = (new - old)[mask]
     ratio = log_ratio.exp()
     kl = (ratio - 1 - log_ratio).mean().item()
     outside = ((ratio - 1).abs() > 0.1).float().mean().item()
-    contexts = ript.evaluation_contexts(cfg)
-    success = ript.evaluate(policy, workers, contexts, cfg, "passes")
-    return dict(success=report.interval(round(success * len(contexts)), len(contexts)), approx_kl=f"{kl:.4f}",
-                outside_the_clip=f"{outside:.2f}")
+    return dict(approx_kl=round(kl, 4), outside_the_clip=round(outside, 2))
 
 
 if __name__ == "__main__":

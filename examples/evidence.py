@@ -46,6 +46,7 @@ EXPERIMENTS = dict(
     passes4=("", "", "--passes 4"),
     passes4_noclip=("", "", "--passes 4 --clip 1000"),
     passes4_quarter=("", "", "--passes 4 --lr 5e-5"),
+    passes4_noclip_quarter=("", "", "--passes 4 --clip 1000 --lr 5e-5"),
     # 4 demonstrations per instruction, 4 iterations
     libero=("--suite libero_object --task 0", "", ""),
     libero_1=("--suite libero_object --task 1", "", ""),
