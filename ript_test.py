@@ -2621,21 +2621,53 @@ def test_the_controls_are_suites_with_the_offsets_and_seeds_that_they_say():
     simulator.env.close()
 
 
-def test_with_the_clip_a_second_pass_takes_back_much_of_the_first_and_without_it_adds_to_it():
-    controls = runpy.run_path(str(HERE / "examples/controls.py"))
-    start = pretrained()
-    records = start.act(random_observations(64), TASKS * 32, [np.random.default_rng(i) for i in range(64)])
-    rewards = np.random.default_rng(0).random((8, 8)) < 0.5
+@pytest.fixture(scope="module")
+def random_episodes():
+    """8 groups of 8 with a query each, whose success is chance: what they teach does not matter here."""
+    generators = [np.random.default_rng(i) for i in range(64)]
+    records = pretrained().act(random_observations(64), TASKS * 32, generators)
     episodes = []
-    for number, (record, success) in enumerate(zip(records, rewards.flatten())):
+    for number, record in enumerate(records):
         context = Context(number % 2, TASKS[number % 2], number)
-        episodes.append(Episode(context, number // 8, (0, 0, number // 8, number % 8), [record], [8], success))
+        noise = 0, 0, number // 8, number % 8
+        success = bool(np.random.default_rng(number).random() < 0.5)
+        episodes.append(Episode(context, number // 8, noise, [record], [8], success))
+    return episodes
+
+
+def test_with_the_clip_a_second_pass_takes_back_much_of_the_first_and_without_it_adds_to_it(random_episodes):
+    controls = runpy.run_path(str(HERE / "examples/controls.py"))
 
     def kl(passes, clip):
         cfg = config("--checkpoint", PRETRAINED, "--passes", passes, "--clip", clip)
-        return controls["moved"](start, controls["updated"](episodes, cfg), episodes)["approx_kl"]
+        policy = controls["updated"](random_episodes, cfg)
+        return controls["moved"](pretrained(), policy, random_episodes)["approx_kl"]
 
     assert kl(2, 0.1) < kl(1, 0.1) / 2 and kl(2, 1e6) > kl(1, 0.1) * 2
+
+
+def test_where_a_step_leaves_the_clip_the_next_gradient_points_back(random_episodes):
+    rewards = ript.rewards_of([random_episodes]).view(8, 8)
+    advantage = ript.leave_one_out_advantage(rewards).flatten()
+    records = [episode.records[0] for episode in random_episodes]
+    start = pretrained()
+    old = start.log_prob(records).detach()
+
+    def gradient(policy, clip):
+        log_prob = policy.log_prob(records)
+        weight = ript.loss_weight(torch.ones(old.shape, dtype=torch.bool))
+        loss, _ = ript.ppo_clip_loss(log_prob, old, advantage, weight, clip)
+        policy.zero_grad()
+        loss.backward()
+        return torch.nn.utils.parameters_to_vector([p.grad for p in policy.parameter_groups()[0]["params"]])
+
+    first = gradient(start, 0.1)
+    for lr, with_clip, without in ((2e-4, (-1, -0.5), (0, 1)), (1e-5, (0.9, 1), (0.9, 1))):
+        policy = pretrained()
+        gradient(policy, 0.1)
+        torch.optim.AdamW(policy.parameter_groups(), lr, (0.0, 0.999)).step()
+        for clip, (low, high) in ((0.1, with_clip), (1e6, without)):
+            assert low < torch.cosine_similarity(first, gradient(policy, clip), 0) < high
 
 
 def test_in_one_scene_the_instruction_decides_what_succeeds():
