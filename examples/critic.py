@@ -2,7 +2,7 @@
 
     python examples/critic.py                 tabletop, both arms, three seeds
     python examples/critic.py critic_small    with a quarter of the rollouts per update
-    python examples/critic.py critic_libero   LIBERO-Object's task 0, for hours; nobody has run it yet
+    python examples/critic.py critic_libero   LIBERO-Object's task 0, an hour and a half
 
 Both arms begin with the same stage 2 and take as many rollouts: no group is replaced. Leave-one-out drops the
 groups whose rewards are all equal; the critic learns from these too, and gives each query its own advantage.

@@ -49,6 +49,7 @@ EXPERIMENTS = dict(
     passes4_noclip_quarter=("", "", "--passes 4 --clip 1000 --lr 5e-5"),
     # 4 demonstrations per instruction, 4 iterations
     libero=("--suite libero_object --task 0", "", ""),
+    libero_none=("--suite libero_object --task 0", "", "--max_rejected 0"),  # nothing is replaced
     libero_1=("--suite libero_object --task 1", "", ""),
     libero_2=("--suite libero_object --task 2", "", ""),
     libero_3=("--suite libero_object --task 3", "", ""),
