@@ -35,7 +35,6 @@ from torch import nn
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import ript
 from examples import laptop, report
 
 def sde_step(x, velocity, t, d, a):
