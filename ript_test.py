@@ -1438,21 +1438,6 @@ def test_a_run_writes_all_its_files_and_what_it_saves_is_what_it_trained(finishe
     assert ours == json.loads((out / "evaluation_RIPT.json").read_text()) and len(ours) == 4
 
 
-@pytest.mark.slow
-def test_the_laptop_learns_its_headline(tmp_path):
-    stage_2 = [HERE / "examples/imitation.py", "--suite", "tabletop", "--out", tmp_path / "sft"]
-    subprocess.run([sys.executable, *stage_2], check=True, timeout=600)
-    done = launch("--checkpoint", tmp_path / "sft", "--out", tmp_path / "run", timeout=3000)
-    assert done.returncode == 0, done.stderr
-    won = {}
-    for stage in ("SFT", "RIPT"):
-        outcomes = json.loads((tmp_path / f"run/evaluation_{stage}.json").read_text())
-        assert len(outcomes) == 100
-        won[stage] = sum(outcomes.values())
-    # Three seeds had 15 to 29, and 99 or 100. Another processor has other bits.
-    assert 5 <= won["SFT"] <= 45 and won["RIPT"] >= 95
-
-
 def wait_for_the_end_of(pids):
     """Fail if one of these processes is still there in a minute. One that nobody has waited for is not."""
     deadline = time.time() + 60

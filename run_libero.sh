@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up what is missing, then run ript.py.
 #   bash run_libero.sh             the laptop: stage 2, RIPT and a report, on real MuJoCo in about ten minutes
-#   bash run_libero.sh test        the tests
+#   bash run_libero.sh test        the tests; with --run-slow also the one that takes minutes
 #   bash run_libero.sh ARGUMENTS   ript.py ARGUMENTS, with torchrun over all GPUs where there are any
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -62,8 +62,13 @@ fi
 if [ "${1:-}" = test ]; then
     shift
     cd "$here"
-    echo "running the tests: python -m pytest -q ript_test.py policies examples $*"
-    exec python -m pytest -q ript_test.py policies examples "$@"
+    tests=(ript_test.py policies examples)
+    if [ "${1:-}" = --run-slow ]; then
+        shift
+        tests+=(-o "python_files=*_test.py slow.py")
+    fi
+    echo "running the tests: python -m pytest -q ${tests[*]} $*"
+    exec python -m pytest -q "${tests[@]}" "$@"
 fi
 if [ $# = 0 ]; then
     cd "$here"

@@ -2,7 +2,7 @@
 
     python examples/evidence.py              lists the experiments
     python examples/evidence.py k4 k16       stages 2 and 3 for each seed, as far as runs/evidence lacks them
-    python examples/evidence.py senses NAME  the policies of tabletop or one_scene, misled and blind
+    python examples/evidence.py senses NAME  policies of tabletop, misled and blind, or of one_scene, misled
     python examples/evidence.py gif          the tabletop before and after, assets/tabletop.gif
 
 Of each run, assets/evidence keeps metrics.csv and evaluation.csv, every context's outcome.
@@ -191,7 +191,7 @@ SENSES = dict(
 )
 
 
-def senses(name="tabletop"):
+def senses(name):
     """Success of an experiment's policies as they are, with the other instruction, and with grey pictures."""
     print(f"| seed | | {' | '.join(SENSES[name])} |\n|---|---|{'---|' * len(SENSES[name])}")
     rows = []
@@ -249,8 +249,12 @@ def titled(frame, title):
 
 if __name__ == "__main__":
     names = sys.argv[1:]
-    if names[:1] in (["senses"], ["gif"]):
-        sys.exit(dict(senses=senses, gif=gif)[names[0]](*names[1:]))
+    if names[:1] == ["senses"] and set(names[1:]) <= set(SENSES):
+        for name in names[1:]:
+            senses(name)
+        sys.exit()
+    if names == ["gif"]:
+        sys.exit(gif())
     if not names or set(names) - set(EXPERIMENTS):
         sys.exit("the experiments: " + ", ".join(EXPERIMENTS))
     for name in names:

@@ -38,4 +38,7 @@ class Misled(OneScene):
 
 
 class Goal(LiberoObject, ript.load_suite("libero_goal")):
-    """LIBERO-Goal with LIBERO-Object's expert, which can do task 6, "put the cream cheese in the bowl"."""
+    """LIBERO-Goal with LIBERO-Object's expert, which is made for none of its tasks.
+
+    Task 6, "put the cream cheese in the bowl", it does in 12 of 20 attempts.
+    """

@@ -470,7 +470,6 @@ def test_an_iteration_raises_log_probabilities_where_the_advantage_is_positive(p
     assert gain > 0
 
 
-@pytest.mark.slow
 def test_an_iteration_of_pi0_in_libero(released, tmp_path, monkeypatch):
     """From the command line, with pretended rewards and 10 steps an episode; then evaluate what it saved."""
     from ript_test import libero_or_skip
