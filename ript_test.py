@@ -2307,10 +2307,11 @@ def with_out(mistakes):
 def test_each_mistake_gets_one_sentence_and_status_2(no_simulators, tmp, capsys):
     mistakes = []
     for arguments, sentence in MISTAKES:
-        if "libero_goal" in arguments:
-            arguments += f" --checkpoint {PRETRAINED} --out {{tmp}}/out"
-        elif "--checkpoint" not in arguments and "--resume" not in arguments:
+        if "--checkpoint" not in arguments and "--resume" not in arguments:
             arguments += f" --checkpoint {PRETRAINED}"
+        if "--out" not in arguments and "--resume" not in arguments:
+            # What is wrong with the policy is seen when the directory is there already.
+            arguments += " --out {tmp}/out" if "libero_goal" in arguments else " --out {tmp}/held"
         mistakes.append((arguments, sentence))
     assert not other_sentences(ript, mistakes, tmp, capsys) and not (tmp / "out").exists()
 
@@ -2517,11 +2518,11 @@ def test_another_libero_on_the_path_is_refused(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_no_opengl_and_another_mujoco_get_one_sentence(monkeypatch):
+def test_no_opengl_and_another_mujoco_get_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(headless, "version", lambda package: "3.4.0")
     with pytest.raises(ImportError, match="pip install mujoco==3.3.2"):
         headless.prepare()
-    done = launch("--groups", 1, MUJOCO_GL="egl", MUJOCO_EGL_DEVICE_ID="99")
+    done = launch("--groups", 1, "--out", tmp_path, MUJOCO_GL="egl", MUJOCO_EGL_DEVICE_ID="99")
     assert done.returncode == 2 and done.stderr.startswith("ript.py: the simulator does not start")
     assert done.stderr.count("\n") == 1
 
@@ -2580,13 +2581,13 @@ def test_a_policy_is_saved_where_the_laptops_bounds_move_with_the_multiplier():
     assert_close(scales[0], scales[1] / 2)
 
 
-def test_every_experiment_of_the_readme_is_a_run_that_ript_accepts():
+def test_every_experiment_of_the_readme_is_a_run_that_ript_accepts(tmp_path):
     evidence = runpy.run_path(str(HERE / "examples/evidence.py"))
     for name, (shared, stage_2, stage_3) in evidence["EXPERIMENTS"].items():
         if name == "libero":  # and those below it
             libero_or_skip()
-        ript.check(demo_config(*shared.split(), *stage_2.split()))
-        ript.check(config(*shared.split(), *stage_3.split()))
+        ript.check(demo_config(*shared.split(), *stage_2.split(), "--out", tmp_path))
+        ript.check(config(*shared.split(), *stage_3.split(), "--out", tmp_path))
 
 
 def test_the_controls_are_suites_with_the_offsets_and_seeds_that_they_say():
