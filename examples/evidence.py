@@ -49,9 +49,9 @@ EXPERIMENTS = dict(
     libero=("--suite libero_object --task 0", "", ""),
     libero_none=("--suite libero_object --task 0", "", "--max_rejected 0"),  # nothing is replaced
     # From here on nothing has been run yet.
-    libero_1=("--suite libero_object --task 1", "", ""),
-    libero_2=("--suite libero_object --task 2", "", ""),
-    libero_3=("--suite libero_object --task 3", "", ""),
+    object_1=("--suite libero_object --task 1", "", ""),
+    object_2=("--suite libero_object --task 2", "", ""),
+    object_3=("--suite libero_object --task 3", "", ""),
     one_scene=(f"--suite {LIBERO_SUITES}:OneScene", "", ""),
     bowl=(f"--suite {LIBERO_SUITES}:Goal --task 6", "", ""),
 )
