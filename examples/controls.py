@@ -31,12 +31,12 @@ IMITATION = {
     "one demonstration, 500 steps, larger lr": "--sft_steps 500 --sft_lr 2e-4",
     "450 demonstrations, 500 steps, larger lr": "--demos_per_task 450 --sft_steps 500 --sft_lr 2e-4",
 }
-# In place of (0.14, 0.14): of the commands along x and y, in units of the largest.
 # Of one update each: what differs from the preset, which has no momentum. A clip of 1e6 is none.
 STEPS = (dict(lr=2e-4, clip=0.1), dict(lr=2e-4, clip=0.5), dict(lr=2e-4, clip=1e6), dict(lr=5e-5, clip=0.1),
          dict(lr=5e-5, clip=1e6), dict(lr=1e-5, clip=0.1), dict(lr=1e-5, clip=1e6),
          dict(lr=2e-4, clip=0.1, momentum=0.9), dict(lr=2e-4, clip=1e6, momentum=0.9))
 PASSES = (1, 2, 4, 8)
+# In place of (0.14, 0.14): of the commands along x and y, in units of the largest.
 OFFSETS = ((0, 0), (0.07, 0.07), (0.1, 0.1), (0.14, 0.14), (0.2, 0.2), (0.14, -0.14), (-0.14, 0.14),
            (-0.14, -0.14))
 
