@@ -204,8 +204,8 @@ def senses(name):
                 out = ROOT / "runs/evidence/senses"
                 run = ROOT / f"runs/evidence/{name}_{seed}"
                 # What they print would interrupt the table.
-                call("ript.py", "--eval", "--suite", *suite.split(), "--checkpoint", run / policy, "--out", out,
-                     stdout=subprocess.DEVNULL)
+                call("ript.py", "--eval", "--suite", *suite.split(), "--checkpoint", run / policy,
+                     "--out", out, stdout=subprocess.DEVNULL)
                 call("examples/report.py", out, "--no_video", stdout=subprocess.DEVNULL)
                 won = [int(row["success"]) for row in read(out / "evaluation.csv")]
                 cells[title] = report.interval(sum(won), len(won))
