@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up what is missing, then run ript.py.
-#   bash run_libero.sh             the laptop: stage 2, RIPT and a report, on real MuJoCo in about ten minutes
+#   bash run_libero.sh             the laptop: stage 2, RIPT and a report, on real MuJoCo in a few minutes
 #   bash run_libero.sh test        the tests; with --run-slow also the one that takes minutes
 #   bash run_libero.sh ARGUMENTS   ript.py ARGUMENTS, with torchrun over all GPUs where there are any
 set -euo pipefail
