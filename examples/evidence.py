@@ -193,11 +193,11 @@ SENSES = dict(
 )
 
 
-def senses(name):
+def senses(name, seeds):
     """Success of an experiment's policies in each of its SENSES."""
     print(f"| seed | | {' | '.join(SENSES[name])} |\n|---|---|{'---|' * len(SENSES[name])}")
     rows = []
-    for seed in SEEDS:
+    for seed in seeds:
         for stage, policy in dict(SFT="sft", RIPT="last").items():
             cells = {}
             for title, suite in SENSES[name].items():
@@ -255,10 +255,10 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     given = parser.parse_args()
     names = given.names
-    if names[:1] == ["senses"] and set(names[1:]) <= set(SENSES):
-        for name in names[1:]:
-            senses(name)
-        sys.exit()
+    if names[:1] == ["senses"]:
+        if len(names) != 2 or names[1] not in SENSES:
+            sys.exit("senses of one of these: " + ", ".join(SENSES))
+        sys.exit(senses(names[1], given.seeds))
     if names == ["gif"]:
         sys.exit(gif())
     if not names or set(names) - set(EXPERIMENTS):
