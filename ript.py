@@ -18,139 +18,172 @@ was drawn from; action steps after success do not count; the K rollouts of a gro
     bash run_libero.sh                                        the laptop: stages 2 and 3 and the report
     torchrun --standalone --nproc_per_node 4 ript.py --model openvla-oft --suite libero_long   the 7B, 4 GPUs
 
+This file imports no other file of its repository: POLICIES and SUITES reach the others by their names.
 Shapes: B batch, C contexts, K rollouts per context, E episodes, Q queries per episode, N chunks of several
 episodes, H action steps per query, S action steps per episode, A action dimensions, F features.
 """
 import os
-import sys
 # OpenMP reads it when torch is imported. Threads that wait would take the simulators' cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import argparse
+import asyncio
+import fcntl
+import inspect
 import json
 import math
-import multiprocessing.resource_tracker
+import pickle
 import pkgutil
 import runpy
 import signal
-import threading
+import socket
+import subprocess
+import sys
 import time
 import traceback
-import zipfile
-from collections import Counter, OrderedDict, deque
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, field, replace
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, partial
+from itertools import count
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
 from torch import distributed, nn
 
-# Policies and suites say `import ript`. They must get this module, and not a second copy of it.
-sys.modules.setdefault("ript", sys.modules[__name__])
-
 # --------------------------------------------------------------------------------------- 1. Configuration
-POLICIES = {"tiny": "examples.laptop:Tiny", "openvla-oft": "policies.openvla_oft:OpenVLAOFT",
+HERE = Path(__file__).resolve().parent
+POLICIES = {"tiny": "policies.tiny:Tiny", "openvla-oft": "policies.openvla_oft:OpenVLAOFT",
             "quest": "policies.quest:QueST", "pi0": "policies.pi0:Pi0"}
 # The suites of LIBERO, with the control steps of their longest demonstrations.
 LIBERO = dict(libero_spatial=220, libero_object=280, libero_goal=300, libero_10=520, libero_90=400)
-SUITES = dict.fromkeys(LIBERO, "examples.laptop:Laptop") | {"libero_object": "examples.laptop:LiberoObject",
-    "tabletop": "examples.laptop:Tabletop", "tabletop_pretrain": "examples.laptop:TabletopPretrain"}
+SUITES = dict.fromkeys(LIBERO, "simulators.libero:FastLibero") | {
+    "libero_object": "simulators.libero_experts:LiberoObject",
+    "tabletop": "simulators.tabletop:Tabletop", "tabletop_pretrain": "simulators.tabletop:TabletopPretrain"}
 ALIASES = dict(libero_long="libero_10")
-# What --resume may change, because no result depends on it.
+RENAMED = dict(passes="ppo_epochs", momentum="adam_beta1", clip="clip_coef", prefix="attention_mode")
+# What --resume may change. With --anneal, the learning rate follows the new number of iterations.
 CHANGEABLE = "resume", "iterations", "workers", "device", "eval_every", "micro_batch"
-LOGGED = "scale", "at_low", "at_high"  # what an iteration reports the mean of, over all of act's records
 TRAIN_SEEDS = 10_000_000  # training contexts have seeds from here on, and evaluation has 0, 1, 2, ...
-# The number of this process, of all processes, and of those on this machine, as torchrun sets them.
+# The number of this process and of all processes, as torchrun sets them.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-# How many cores a process may use. macOS does not say, and has no limits either.
-CORES = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)) // LOCAL_WORLD
 
-def option(default, text):
-    """A field of Config: its default, and what --help says of it."""
-    return field(default=default, metadata={"help": text})
+def cores() -> int:
+    """How many cores a process may use. macOS does not say, and has no limits either."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    return len(allowed) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+def option(default, text, least=1, choices=None):
+    """A field of Config: its default, what argparse is told, and the least value of a whole number."""
+    words = dict(type=type(default), choices=choices, help=f"{text} (default: {default!r})")
+    if default is False:
+        words = dict(type=json.loads, choices=(True, False), nargs="?", const=True, help=text)
+    return field(default=default, metadata=dict(words=words, least=least))
+
+class UserError(ValueError):
+    """Invalid input, shown without a traceback: its text is one sentence that says what to do."""
+
+def require(condition: object, message: str):
+    """Raise UserError unless the condition holds."""
+    if not condition:
+        raise UserError(message)
 
 @dataclass(frozen=True)
 class Config:
     """Every setting. Presets of policy and suite override the defaults, the command line overrides both."""
     model: str = option("tiny", f"the policy: {', '.join(POLICIES)} or FILE.py:Class")
     suite: str = option("tabletop", f"the tasks: {', '.join(SUITES | ALIASES)} or FILE.py:Class")
-    task: int = option(-1, "only this task of the suite; -1: all of them")
+    task: int = option(-1, "only this task of the suite; -1: all of them", least=-1)
     checkpoint: str = option("", "directory or hub id of the policy to start from")
     adapter: str = option("", "directory of LoRA weights and heads to start from (openvla-oft)")
     scale_head: str = option("", "scale_header.pth to start from (openvla-oft)")
-    prefix: Literal["exact", "prompt"] = option("exact", "OpenVLA-OFT's forward pass, or RIPT's release's")
-    out: str = option("runs/latest", "directory for the configuration, the metrics and the checkpoints")
+    attention_mode: str = option("exact", "prompt: the release's (openvla-oft)", choices=("exact", "prompt"))
+    out: str = option("", "directory of the run; without it one in runs/, named after policy and suite")
     resume: str = option("", "directory of a run to continue after its last complete iteration")
     eval: bool = option(False, "evaluate the policy and stop")
     demos: str = option("", "directory of LIBERO's HDF5 demonstrations, whose first states become D_context")
-    seed: int = option(0, "seed of adapters, contexts, exploration and minibatches")
+    seed: int = option(0, "seed of adapters, contexts, exploration and minibatches", least=0)
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "torch device of the policy")
     # The algorithm. The defaults are the paper's for OpenVLA-OFT, with the released learning rate.
-    iterations: int = option(12, "outer steps, M")
+    iterations: int = option(12, "outer steps, M", least=0)
     groups: int = option(24, "groups kept per iteration, B / K, over all processes")
-    rollouts: int = option(8, "rollouts per context, K")
-    max_rejected: int = option(48, "rejected groups per iteration, over all processes, that are replaced")
-    passes: int = option(1, "passes over the kept rollouts, N")
+    rollouts: int = option(8, "rollouts per context, K", least=2)
+    max_rejected: int = option(48, "rejected groups per iteration that are replaced, all processes", least=0)
+    ppo_epochs: int = option(1, "passes over the kept rollouts, N")
     minibatch: int = option(16, "episodes per optimiser step, over all processes")
-    micro_batch: int = option(0, "chunks per forward with gradient, for memory alone; 0: the policy's")
-    clip: float = option(0.1, "PPO's clip range, eps")
-    loss_per: Literal["episode", "token"] = option("episode", "what the loss is a mean over")
+    micro_batch: int = option(0, "chunks per forward with gradient, for memory; 0: the policy's", least=0)
+    clip_coef: float = option(0.1, "PPO's clip range, eps")
+    loss_per: str = option("episode", "what the loss is a mean over", choices=("episode", "token"))
     lr: float = option(5e-5, "learning rate of AdamW")
-    momentum: float = option(0.9, "AdamW's beta1; 0 suits iterations of a single step")
+    adam_beta1: float = option(0.9, "AdamW's beta1; 0 suits iterations of a single step", least=0)
     anneal: bool = option(False, "let the learning rate fall linearly to zero over the iterations")
     max_grad_norm: float = option(1.0, "the norm that the gradient is clipped to")
     scale_multiplier: float = option(1.0, "factor on the Laplace scale b, when sampling and when scoring")
     eval_contexts: int = option(50, "held-out contexts per task; LIBERO stores 50")
-    eval_every: int = option(5, "iterations between evaluations; 0: only before and after")
-    workers: int = option(max(1, min(16, CORES)), "simulators of each process")
-    image_size: int = option(256, "height and width of the two pictures, pixels")
+    eval_every: int = option(5, "iterations between evaluations; 0: only before and after", least=0)
+    workers: int = option(max(1, min(16, cores())), "simulators of each process")
+    image_size: int = option(256, "height and width of the two pictures, pixels", least=16)
     collision: bool = option(False, "draw collision meshes, which takes a tenth of the time without a GPU")
-    act_batch: int = option(0, "observations per forward; 0: all that wait; 1: --workers changes no result")
+    act_batch: int = option(0, "observations per forward; 0: all that wait; 1: one function for all", least=0)
+    control_step: str = option("", "the control step that the suite must have, fast or robosuite")
 
-class UserError(ValueError):
-    """An error that the user can mend. Its text is one sentence that says how."""
+    def __post_init__(self):
+        """Refuse numbers that no policy and no suite could use."""
+        for option in fields(self):
+            value, least = getattr(self, option.name), option.metadata["least"]
+            if option.type is int:
+                fits = least <= value < 2 ** 31
+                require(fits, f"--{option.name} must be at least {least} and below 2 ** 31, got {value}")
+            elif option.type is float:
+                fits = 0 < value < math.inf or value == least
+                require(fits, f"--{option.name} must be a number above 0, got {value}")
+        require(self.adam_beta1 < 1, f"--adam_beta1 must be below 1, got {self.adam_beta1}")
 
-def require(condition, message):
-    """Raise UserError unless the condition holds."""
-    if not condition:
-        raise UserError(message)
-
-def parse_config(argv, settings=Config, stage="PRESET"):
-    """Fill the dataclass settings: defaults < presets, which policies and suites have under stage < argv."""
-    from transformers import HfArgumentParser
-    parser = HfArgumentParser(settings, usage=sys.modules[settings.__module__].__doc__, allow_abbrev=False)
-    # argparse's complaints become UserErrors.
-    parser.error = partial(require, False)
-    given = parser.parse_known_args(argv)[0]
-    suite = ALIASES.get(given.suite, given.suite)
-    # A suite knows better than a policy what suits it.
-    preset = getattr(load_policy(given.model), stage, {}).get(suite, {})
-    preset = preset | getattr(load_suite(suite), stage, {}).get(given.model, {})
-    require(preset or ":" in suite + given.model, f"--model {given.model} is not made for --suite {suite}")
+def parse_config(argv: list[str], settings: type[Config] = Config, stage: str = "PRESET") -> Config:
+    """Fill the dataclass settings: defaults < policy's preset < suite's < a resumed run's settings < argv."""
+    parser = argparse.ArgumentParser(usage=sys.modules[settings.__module__].__doc__, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)  # what argv leaves out, presets fill
+    parser.error = partial(require, False)  # argparse's complaints become UserErrors
+    for option in fields(settings):
+        parser.add_argument("--" + option.name, **option.metadata["words"])
+    for old, new in RENAMED.items():
+        require(f"--{old}" not in argv, f"--{old} is called --{new} now")
+    given = vars(parser.parse_args(argv))
+    saved = vars(load_config(given["resume"], settings)) if given.get("resume") else {}
+    chosen = dict(model=settings.model, suite=settings.suite) | saved | given
+    model, suite = chosen["model"], ALIASES.get(chosen["suite"], chosen["suite"])
+    preset = getattr(load_policy(model), stage, {}).get(suite, {})
+    preset = preset | getattr(load_suite(suite), stage, {}).get(model, {})
+    require(preset or ":" in suite + model, f"--model {model} is not made for --suite {suite}")
     # An evaluation and stage 2 do not write over the files of a run.
-    names = [name.split(":")[-1] for name in (given.model, suite) if name != "tiny"]
-    ending = "_sft" if stage == "IMITATION" else "_eval" if given.eval else ""
-    parser.set_defaults(out="runs/" + "_".join(names) + ending, **preset)
-    saved = {}
-    # With --resume the run's own settings are the defaults.
-    if given.resume:
-        saved = read(Path(given.resume, "config.json"), lambda p: vars(settings(**json.loads(p.read_text()))))
-        parser.set_defaults(**saved)
-    cfg = settings(**vars(parser.parse_args(argv)))
-    cfg = replace(cfg, suite=ALIASES.get(cfg.suite, cfg.suite))
-    # A run that goes on stays what it is.
+    names = [name.split(":")[-1] for name in (model, suite) if name != "tiny"]
+    ending = "_eval" if given.get("eval") else dict(PRESET="", IMITATION="_sft")[stage]
+    control_step = load_suite(suite).CONTROL_STEP
+    usual = dict(out="runs/" + "_".join(names) + ending, control_step=control_step)
+    cfg = settings(**usual | preset | chosen | dict(suite=suite))
     for name, value in saved.items():
         same = name in CHANGEABLE or getattr(cfg, name) == value
         require(same, f"--resume goes on with the run's own settings, of which --{name} is {value}")
+    require(cfg.control_step == control_step, f"--control_step is {cfg.control_step}, but here {suite} has "
+            f"{control_step}: simulators/libero.py beside ript.py has the fast one")
     return replace(cfg, out=cfg.resume or cfg.out)
 
+def load_config(directory: str | Path, settings: type[Config] = Config) -> Config:
+    """The settings that a run has written into its config.json."""
+    path = Path(directory, "config.json")
+    with reading(path):
+        saved = json.loads(path.read_text())
+        unknown = saved.keys() - {option.name for option in fields(settings)}
+        require(not unknown, f"it is of another version of ript.py, which had {', '.join(sorted(unknown))}")
+        return settings(**saved)
+
 # --------------------------------------------------------------------------------------- 2. The algorithm
-def leave_one_out_advantage(rewards):
+def leave_one_out_advantage(rewards: torch.Tensor) -> torch.Tensor:
     """A_k = R_k - mean of the other K - 1 rewards of the context (Eq. 5): (C, K) -> (C, K) float.
 
     Raises ValueError for K < 2: a single rollout has no baseline.
@@ -162,11 +195,11 @@ def leave_one_out_advantage(rewards):
     others = rewards.sum(-1, keepdim=True) - rewards
     return rewards - others / (K - 1)
 
-def has_signal(rewards):
+def has_signal(rewards: torch.Tensor) -> torch.Tensor:
     """The rejection rule (Algorithm 1, lines 11-14): (C, K) -> (C,) bool, False where all K are equal."""
     return (rewards != rewards[:, :1]).any(-1)
 
-def laplace_log_prob(action, mean, log_scale):
+def laplace_log_prob(action: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
     """Log-density of a factorised Laplace, (..., A) each -> (...), summed over A, in float32.
 
     log p = sum over A of -|action - mean| / b - log(2 b) with b = exp(log_scale), in normalised action units.
@@ -175,8 +208,8 @@ def laplace_log_prob(action, mean, log_scale):
     distance = (action.float() - mean.float()).abs()
     return (-distance * torch.exp(-log_scale) - log_scale - math.log(2)).sum(-1)
 
-def loss_weight(mask, per="episode"):
-    """What each action step counts in the loss: mask (E, S) bool -> (E, S) float, which sums to 1.
+def loss_weight(mask: torch.Tensor, per: str = "episode") -> torch.Tensor:
+    """The weight of each action step in the loss: mask (E, S) bool -> (E, S) float, which sums to 1.
 
     mask is False where no action ran. per="episode": a mean over each episode's steps, then over episodes;
     per="token": a mean over all steps, in which long episodes weigh more. Raises ValueError for another per.
@@ -187,7 +220,8 @@ def loss_weight(mask, per="episode"):
         return mask / mask.sum().clamp(min=1)
     return mask / mask.sum(-1, keepdim=True).clamp(min=1) / len(mask)
 
-def ppo_clip_loss(log_prob, old_log_prob, advantage, weight, clip=0.2):
+def ppo_clip_loss(log_prob: torch.Tensor, old_log_prob: torch.Tensor, advantage: torch.Tensor,
+                  weight: torch.Tensor, clip: float | tuple = 0.2) -> tuple[torch.Tensor, dict]:
     """PPO's clipped objective, negated (Eq. 6), with one ratio per action step.
 
     log_prob, old_log_prob (E, S); advantage (E,); weight (E, S) from loss_weight, 0 where no action ran;
@@ -212,182 +246,205 @@ class Episode:
     """One rollout: everything that passes between the simulator and the optimiser."""
     context: "Context"
     group: int = 0  # the number of its group in the stream of contexts
-    noise: Optional[tuple] = None  # seed, iteration, group, k of the exploration; None acts with the mean
-    records: list = field(default_factory=list)  # the policy's, one per query
-    executed: list = field(default_factory=list)  # how many of each query's H action steps ran
-    success: bool = False  # the reward
+    seed_key: tuple = ()  # of the exploration: seed, iteration, group, k
+    chunks: list[dict] = field(default_factory=list)  # the policy's action chunks, one per query
+    num_executed: list[int] = field(default_factory=list)  # how many of each chunk's H action steps ran
+    success: Optional[bool] = None  # the reward; None until the episode has ended
+    deterministic: bool = False  # act with the mean
 
     def __str__(self):
-        return f"iteration {self.noise[1] + 1 if self.noise else 0}, group {self.group}, {self.context}"
+        return f"the episode of {self.context} with seed_key {self.seed_key}"
 
-def rollout(worker, episode, actor, horizon):
-    """Run an episode in a worker's simulator: reset, then look, act and step until success or the horizon."""
-    answer = worker.call("reset", episode.context)
+async def rollout(simulator: "Simulator", episode: Episode, actor: "Actor", horizon: int):
+    """Run an episode in a simulator: reset, then act and step until success or the horizon."""
+    episode.chunks, episode.num_executed = [], []
+    result = await simulator.call("reset", episode.context)
     left = horizon
-    while left > 0 and not answer.success:
-        record = actor.act(answer.observation, episode)
-        actions = record.pop("actions")[:left]
+    while left > 0 and not result.success:
+        chunk = await actor.act(result.observation, episode)
+        actions = chunk.pop("actions")[:left]
         if not np.isfinite(actions).all():
             raise RuntimeError(f"an action is not finite in {episode}")
-        answer = worker.call("step", actions)
-        left -= answer.ran
-        episode.records.append(record)
-        episode.executed.append(answer.ran)
-    episode.success = bool(answer.success)
+        result = await simulator.call("step", actions)
+        left -= result.num_executed
+        episode.chunks.append(chunk)
+        episode.num_executed.append(result.num_executed)
+    episode.success = bool(result.success)
 
 class Actor:
-    """Asks the policy for actions. Rollouts that wait at the same time, each in a thread, share a forward."""
-    def __init__(self, policy, batch):
-        self.policy, self.batch = policy, batch or None  # observations per forward; None: all that wait
-        self.waiting, self.lock = [], threading.Lock()
+    """Asks the policy for actions. Rollouts that wait at the same time share a forward."""
+    def __init__(self, policy: nn.Module, batch: int):
+        self.policy, self.batch = policy, batch  # observations per forward; 0: all that wait
+        self.waiting = []
 
-    def act(self, raw, episode):
-        """-> the record of an episode's next action chunk, from a raw observation."""
-        query = Future()
-        self.waiting.append((query, self.policy.preprocess(raw), episode))
-        with self.lock:
-            # Whoever has the lock answers all that have come meanwhile, in their order.
-            while not query.done():
-                queries, observations, episodes = zip(*self.waiting[:self.batch])
-                instructions = [episode.context.instruction for episode in episodes]
-                # Each query has a generator of its own, so that a rollout is a function of its numbers.
-                generators = [episode.noise and np.random.default_rng((*episode.noise, len(episode.records)))
-                              for episode in episodes]
-                records = self.policy.act(observations, instructions, generators)
-                del self.waiting[:len(queries)]
-                for answered, record in zip(queries, records):
-                    answered.set_result(record)
-        return query.result()
+    async def act(self, observation, episode: Episode) -> dict:
+        """An episode's next action chunk."""
+        loop = asyncio.get_running_loop()
+        if not self.waiting:
+            loop.call_soon(self.answer, 0)  # after every rollout that can go on by now
+        self.waiting.append((observation, episode, loop.create_future()))
+        return await self.waiting[-1][-1]
 
-def collect(policy, workers, context_of, run, cfg):
+    def answer(self, before):
+        """One forward for the rollouts that wait, or the first of them. before: how many waited last time."""
+        loop, size = asyncio.get_running_loop(), self.batch or len(self.waiting)
+        if before < len(self.waiting) < (self.batch or math.inf):
+            # Observations arrive in parts. As long as each millisecond completes more of them, they join.
+            loop.call_later(0.001, self.answer, len(self.waiting))
+            return
+        observations, episodes, futures = zip(*self.waiting[:size])
+        self.waiting = self.waiting[size:]
+        if self.waiting:
+            # The rollouts answered here send their actions before the next forward.
+            loop.call_soon(self.answer, 0)
+        instructions = [episode.context.instruction for episode in episodes]
+        # Seeded per query, so batching does not change the noise.
+        generators = [None if episode.deterministic else
+                      np.random.default_rng((*episode.seed_key, len(episode.chunks))) for episode in episodes]
+        try:
+            chunks = self.policy.act(observations, instructions, generators)
+        except Exception as error:
+            return futures[0].set_exception(error)  # which ends all rollouts
+        for future, chunk in zip(futures, chunks):
+            if not future.done():  # where another rollout has failed, all are cancelled
+                future.set_result(chunk)
+
+def collect(policy: nn.Module, simulators: "Simulators", context_of: Callable[[int], "Context"],
+            state: "TrainState", cfg: Config) -> tuple[list[Episode], dict]:
     """Algorithm 1, lines 4-14: -> the kept episodes of this process's share, K after K, and statistics.
-    context_of(number) is the context of a group; run["group"], the next number, advances."""
+    context_of(number) is the context of a group; state.group, the next number, advances."""
     began = time.time()
-    groups, queue, ended = {}, deque(), Counter()
+    actor, groups = Actor(policy, cfg.act_batch), []
+    numbers = count(state.group + RANK, WORLD)  # process r of W takes the groups r, r + W, r + 2 W, ...
 
-    def launch():
-        # Process r of W takes the groups r, r + W, r + 2 W, ...
-        number = run["group"] + RANK + WORLD * len(groups)
-        noise = cfg.seed, run["iteration"], number
-        groups[number] = [Episode(context_of(number), number, (*noise, k)) for k in range(cfg.rollouts)]
-        queue.extend(groups[number])
+    async def keep_one():
+        while len(groups) < (cfg.groups + cfg.max_rejected) // WORLD:
+            group = new_group(next(numbers), context_of, state, cfg)
+            groups.append(group)
+            await simulators.run_episodes(rollout, group, actor)
+            if has_signal(rewards_of([group])):
+                break
+            for chunk in [chunk for episode in group for chunk in episode.chunks]:
+                chunk.pop("observation", None)  # pictures, which take memory and are not used any more
 
-    def rejected(group):
-        # A critic learns from groups without signal too (examples/critic.py).
-        return not (hasattr(policy, "advantages") or has_signal(rewards_of([group])))
-
-    for _ in range(cfg.groups // WORLD):
-        launch()
-    play = partial(rollout, actor=Actor(policy, cfg.act_batch), horizon=load_suite(cfg.suite).HORIZON)
-    for episode in simulate(play, workers, queue):
-        ended[episode.group] += 1
-        if ended[episode.group] == cfg.rollouts and rejected(groups[episode.group]):
-            for record in sum([e.records for e in groups[episode.group]], []):
-                record.pop("observation", None)  # its pictures take memory and are of no more use
-            if len(groups) < (cfg.groups + cfg.max_rejected) // WORLD:
-                launch()
+    # Each of the B / K slots draws contexts until its group has signal.
+    slots = [keep_one() for _ in range(cfg.groups // WORLD)]
+    simulators.run(slots, groups, f"rollouts of iteration {state.iteration + 1}")
+    seconds = time.time() - began
     # Every process goes on at the same number, beyond all that any of them has used.
-    run["group"] += WORLD * max(gather(len(groups)))
-    # All that was launched has ended, so timing does not decide what is kept: quick groups are not favoured.
-    kept = [episode for group in groups.values() if not rejected(group) for episode in group]
-    return kept, summary(list(groups.values()), time.time() - began)
+    state.group += WORLD * max(all_gather(len(groups)))
+    waited = all_gather(time.time() - began - seconds)
+    # Every started group has finished, so fast ones are not over-represented.
+    kept = [episode for group in groups if has_signal(rewards_of([group])) for episode in group]
+    return kept, rollout_stats(groups) | dict(seconds_rollouts=seconds, seconds_waiting=waited)
 
-def rewards_of(groups):
+def new_group(number: int, context_of: Callable[[int], "Context"], state: "TrainState", cfg: Config):
+    """The K episodes of a context, which have not begun yet."""
+    key = cfg.seed, state.iteration, number
+    return [Episode(context_of(number), number, (*key, k)) for k in range(cfg.rollouts)]
+
+def rewards_of(groups: list[list[Episode]]) -> torch.Tensor:
     """The rewards of C groups of K episodes: (C, K) bool."""
     return torch.tensor([[episode.success for episode in group] for group in groups])
 
-def micro_batches(episodes, chosen, size):
+def make_micro_batches(episodes: list[Episode], chosen: Iterable[int], size: int) -> list[list[tuple]]:
     """The chunks of the chosen episodes, numbers (e, q) of episode and query, in lists of at most size."""
-    chunks = [(e, q) for e in chosen for q in range(len(episodes[e].records))]
+    chunks = [(e, q) for e in chosen for q in range(len(episodes[e].chunks))]
     return [chunks[start:start + size] for start in range(0, len(chunks), size)]
 
-def score(policy, episodes, parts):
+def compute_old_log_probs(policy: nn.Module, episodes: list[Episode], parts: list[list[tuple]]):
     """-> (E, Q, H) each: what counts, bool; the old log_prob; and log_prob as act has recorded it."""
-    queries = max((len(episode.records) for episode in episodes), default=0)
-    mask = torch.zeros(len(episodes), queries, policy.TOKENS or policy.chunk, dtype=torch.bool)
+    queries = max((len(episode.chunks) for episode in episodes), default=0)
+    tokens = getattr(policy, "tokens_per_query", 0)
+    mask = torch.zeros(len(episodes), queries, tokens or policy.chunk, dtype=torch.bool)
     old, recorded = torch.zeros(mask.shape), torch.zeros(mask.shape)
     for part in parts:
-        log_prob = policy.log_prob([episodes[e].records[q] for e, q in part]).detach().cpu()  # N H
+        log_prob = policy.log_prob([episodes[e].chunks[q] for e, q in part]).detach().cpu()  # N H
         for (e, q), row in zip(part, log_prob):
             if not row.isfinite().all():
                 raise RuntimeError(f"log_prob is not finite in {episodes[e]}")
             # Action steps after success did not run. Of tokens all count, since each decides every step.
-            mask[e, q, :policy.TOKENS or episodes[e].executed[q]] = True
+            counted = tokens or episodes[e].num_executed[q]
+            mask[e, q, :counted] = True
             old[e, q] = row
-            recorded[e, q] = torch.as_tensor(episodes[e].records[q]["log_prob"])
+            recorded[e, q] = torch.as_tensor(episodes[e].chunks[q]["log_prob"])
     return mask, old, recorded
 
-def update(policy, optimizer, episodes, cfg, run):
+def update(policy: nn.Module, optimizer, episodes: list[Episode], cfg: Config, state: "TrainState") -> dict:
     """Algorithm 1, lines 15-17: N passes of minibatches over the kept episodes: -> mean diagnostics."""
     began = time.time()
-    rewards = rewards_of([episodes]).view(-1, cfg.rollouts)  # C K
-    split = partial(micro_batches, episodes, size=cfg.micro_batch or getattr(policy, "micro_batch", 64))
-    rng = np.random.default_rng([cfg.seed, run["iteration"]])
+    size = cfg.micro_batch or getattr(policy, "micro_batch", 64)
+    rng = np.random.default_rng([cfg.seed, state.iteration])
     # A minibatch is cfg.minibatch episodes of all processes. Each takes as many steps as the others.
-    steps = max(gather(math.ceil(len(episodes) * WORLD / cfg.minibatch)))
-    passes = [np.array_split(rng.permutation(len(episodes)), steps) for _ in range(cfg.passes)]
+    steps = max(all_gather(math.ceil(len(episodes) * WORLD / cfg.minibatch)))
+    minibatches = []
+    for _ in range(cfg.ppo_epochs):
+        minibatches += np.array_split(rng.permutation(len(episodes)), steps)
+    parts = [make_micro_batches(episodes, minibatch, size) for minibatch in minibatches]
     # In bfloat16 other batches move a log_prob by 0.4. So old ones are of the first pass's micro-batches.
-    mask, old, recorded = score(policy, episodes, sum(map(split, passes[0]), []))  # E Q H each
-    advantage = leave_one_out_advantage(rewards).view(-1, 1).expand(mask.shape[:2])  # E Q
-    if hasattr(policy, "advantages"):
-        advantage = policy.advantages(episodes)  # E Q, of a policy with a critic
+    first_pass = [part for its_parts in parts[:steps] for part in its_parts]
+    mask, old, recorded = compute_old_log_probs(policy, episodes, first_pass)  # E Q H each
+    advantage = leave_one_out_advantage(rewards_of([episodes]).view(-1, cfg.rollouts)).flatten()  # E
     # How far off the log-probabilities are that act has recorded: with its batches it runs other kernels.
     gap = (recorded - old)[mask] if episodes else torch.zeros(1)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     logs = []
-    for minibatch in sum(passes, []):
-        m = mask[minibatch]
-        weight = torch.zeros(mask.shape)
-        weight[minibatch] = loss_weight(m.flatten(1), cfg.loss_per).view(m.shape)
+    progress = Progress(f"update of iteration {state.iteration + 1}")
+    for minibatch, its_parts in zip(minibatches, parts):
         # The loss is a mean over the episodes, or steps, of all processes: their weights sum to 1.
-        mine = len(minibatch) if cfg.loss_per == "episode" else int(m.sum())
-        weight *= mine / sum(gather(mine))
+        counted = mask[minibatch]
+        mine = len(minibatch) if cfg.loss_per == "episode" else int(counted.sum())
+        weight = torch.zeros(mask.shape)  # E Q H
+        weight[minibatch] = loss_weight(counted.flatten(1), cfg.loss_per).view(counted.shape)
+        weight *= mine / sum(all_gather(mine))
         log = Counter()
-        for part in split(minibatch):
-            log_prob = policy.log_prob([episodes[e].records[q] for e, q in part]).cpu()  # N H
+        for part in its_parts:
+            log_prob = policy.log_prob([episodes[e].chunks[q] for e, q in part]).cpu()  # N H
             e, q = torch.tensor(np.array(part)).T  # N each
-            loss, stats = ppo_clip_loss(log_prob, old[e, q], advantage[e, q], weight[e, q], cfg.clip)
+            loss, stats = ppo_clip_loss(log_prob, old[e, q], advantage[e], weight[e, q], cfg.clip_coef)
             loss.backward()
             log.update(loss=loss.item(), **{name: value.item() for name, value in stats.items()})
         reduce_gradients(parameters)
-        log = total(log)
+        log = all_reduce_sum(log)
         log["grad_norm"] = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
         if not math.isfinite(log["grad_norm"]):
-            raise RuntimeError(f"the gradient is not finite in iteration {run['iteration'] + 1}")
+            raise RuntimeError(f"the gradient is not finite in iteration {state.iteration + 1}")
         optimizer.step()
         optimizer.zero_grad()  # now, so that gradients take no memory during the next rollouts
         logs.append(log)
+        progress.step(len(minibatches), f"clip_frac {log['clip_frac']:.3f}, approx_kl {log['approx_kl']:.5f}")
     means = {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
-    return means | dict(ratio_error=max(gather((gap.exp() - 1).abs().max().item())), updates=len(logs),
-                        act_std=max(gather(gap.std(correction=0).item())), seconds_update=time.time() - began)
+    return means | dict(updates=len(logs), seconds_update=time.time() - began,
+                        ratio_error=max(all_gather((gap.exp() - 1).abs().max().item())),
+                        act_std=max(all_gather(gap.std(correction=0).item())))
 
 # ------------------------------------------------------------------------------------ 3. The policy wrapper
 class ScaleHead(nn.Sequential):
     """The head that RIPT adds (section 4.2 of the paper): (B, H, F) -> log b of every action, (B, H, A)."""
     # Its trunk, (B, H, F) -> (B, H, width), is like the action head's. It is fitted by maximum likelihood
     # before stage 3 and frozen in it. Its modules have the names of the released scale_header.pth.
-    def __init__(self, trunk, width, A):
+    def __init__(self, trunk: nn.Module, width: int, A: int):
         super().__init__(OrderedDict(trunk=trunk, log_b_head=nn.Linear(width, A)))
         # It starts at b = 0.05 whatever the features are.
         nn.init.xavier_uniform_(self.log_b_head.weight, gain=0.01)
         nn.init.constant_(self.log_b_head.bias, -3.0)
 
 class LaplacePolicy(nn.Module):
-    """What makes a distribution of a VLA that regresses action chunks: a Laplace around its prediction.
+    """Wraps a VLA that regresses action chunks as a Laplace policy: a density around its prediction.
 
     A subclass has action_head and scale_head, modules (B, H, F) -> (B, H, A), and these methods:
       load(cfg)                               a classmethod: the policy that a run starts from
       preprocess(raw)                         the simulator's arrays -> the observation that an episode stores
       features(observations, instructions)    lists of length B -> (B, H, F), with gradient
       to_env_actions(normalised)              (..., A) in head units -> numpy (..., A) in the environment's
-      save(directory)                         write what load reads
+      save(directory)                         write what load reads; rank 0 alone is asked
     """
     # A policy that chooses tokens needs none of this class (policies/quest.py): it has load, preprocess, act,
-    # log_prob, parameter_groups and save as they are here, chunk and TOKENS.
+    # log_prob, parameter_groups and save as they are here, chunk and tokens_per_query.
     PRESET = {}  # settings by suite, which replace the defaults of Config
-    TOKENS = 0  # tokens per query; 0 where log_prob has a column for each action step
+    tokens_per_query = 0  # the columns of log_prob; 0 where it has one for each action step
     chunk = 8  # action steps per query, H
-    scale_range = ((math.exp(-2),) * 7, (math.exp(0.5),) * 7)  # bounds of b, normalised action units
+    scale_range = (math.exp(-2), math.exp(0.5))  # bounds of b, normalised units: numbers, or (A,) each
     scale_multiplier = 1.0
 
     def predict(self, observations, instructions):
@@ -406,7 +463,7 @@ class LaplacePolicy(nn.Module):
     @torch.no_grad()
     def act(self, observations, instructions, generators):
         """An action chunk for each of B observations, drawn with its numpy Generator or, for None, the mean:
-        -> B records: "actions" (H, A) for the environment, what log_prob needs, and for the log the mean
+        -> B dicts: "actions" (H, A) for the environment, what log_prob needs, and for the log the mean
         b as "scale" and the shares of b "at_low" and "at_high", the bounds."""
         mean, log_scale = self.density(observations, instructions)
         size = mean.shape[1:]
@@ -414,17 +471,22 @@ class LaplacePolicy(nn.Module):
         sample = mean + log_scale.exp() * torch.as_tensor(noise).to(mean)  # B H A
         log_prob = laplace_log_prob(sample, mean, log_scale)  # B H
         actions = self.to_env_actions(sample)
-        lo, hi = torch.tensor(self.scale_range).log().to(mean)
-        return [dict(observation=observations[b], instruction=instructions[b], sample=sample[b].cpu().numpy(),
-                     log_prob=log_prob[b].cpu().numpy(), scale=log_scale[b].exp().mean().item(),
-                     actions=actions[b], at_low=(log_scale[b] <= lo).float().mean().item(),
-                     at_high=(log_scale[b] >= hi).float().mean().item()) for b in range(len(observations))]
+        low, high = torch.tensor(self.scale_range).log().to(mean)
+        chunks = []
+        for b in range(len(observations)):
+            log = dict(scale=log_scale[b].exp().mean().item(),
+                       at_low=(log_scale[b] <= low).float().mean().item(),
+                       at_high=(log_scale[b] >= high).float().mean().item())
+            chunks.append(log | dict(
+                observation=observations[b], instruction=instructions[b], actions=actions[b],
+                sample=sample[b].cpu().numpy(), log_prob=log_prob[b].cpu().numpy()))
+        return chunks
 
-    def log_prob(self, records):
-        """Log-probability of each action step of B records' chunks, with gradient: (B, H)."""
-        observations = [record["observation"] for record in records]
-        instructions = [record["instruction"] for record in records]
-        sample = torch.tensor(np.stack([record["sample"] for record in records]))  # B H A
+    def log_prob(self, chunks: list[dict]) -> torch.Tensor:
+        """Log-probability of each action step of B chunks that act has returned, with gradient: (B, H)."""
+        observations = [chunk["observation"] for chunk in chunks]
+        instructions = [chunk["instruction"] for chunk in chunks]
+        sample = torch.tensor(np.stack([chunk["sample"] for chunk in chunks]))  # B H A
         mean, log_scale = self.density(observations, instructions)
         return laplace_log_prob(sample.to(mean), mean, log_scale)
 
@@ -441,51 +503,111 @@ class Context:
     seed: int  # of numpy's global generator, from which a reset draws where things stand
     state: Optional[np.ndarray] = field(default=None, repr=False)  # flattened, to set after the reset
 
-class Answer(NamedTuple):
+class StepResult(NamedTuple):
     """What a simulator answers to reset and step."""
-    ran: int  # action steps that were executed
+    num_executed: int  # action steps
     success: bool
-    observation: Optional[dict]  # raw, by robosuite's names; None after success, when nobody looks any more
+    observation: Optional[dict]  # raw; None after success: nothing is rendered
 
-class Libero:
-    """A suite of LIBERO. The class knows the tasks; an instance, in a process of its own, simulates them."""
-    # Also the protocol of suites: others derive from it and override what differs (examples/laptop.py).
+class Suite:
+    """The protocol of suites. A class knows its tasks; an instance, in a process of its own, simulates them:
+      reset(context)           start an episode, a function of the context alone -> StepResult
+      control_step(action)     run one action (A,)
+      success()                whether the task is solved now: the reward
+      get_observation()        a dict of arrays, for the policy's preprocess
+      demonstrate(context)     where it has an expert for stage 2 (scripts/sft.py): an episode of it
+    """
     INSTRUCTIONS = ()  # a text per task
-    HORIZON = 0  # control steps of 50 ms that an episode may take
+    HORIZON = 0  # control steps that an episode may take, a number or one per task
     PRESET = {}  # settings by model, which replace the defaults of Config and the policy's own
-    BENCHMARK = None  # LIBERO's object of the suite
-    CAMERAS = ("agentview", "robot0_eye_in_hand")
-    ROBOT = dict(robots=["Panda"], use_camera_obs=False, has_renderer=False, has_offscreen_renderer=True,
-                 ignore_done=True, control_freq=20, hard_reset=False)
+    CONTROL_STEP = ""  # a name, where a suite can have one of several
 
     def __init__(self, image_size=256, collision=False):
         self.image_size, self.collision = image_size, collision  # pixels; whether collision meshes are drawn
-        self.env, self.task = None, None  # robosuite's environment, and the task that it is for
+        self.env, self.task = None, None  # the simulator's environment, and the task that it is for
 
     @classmethod
-    def held_out(cls, task, number):
+    def eval_init_states(cls, task, number):
         """Simulator states of a task's held-out contexts; None where their seeds, 0, 1, ..., are enough."""
-        states = cls.BENCHMARK.get_task_init_states(task)
+        return [None] * number
+
+    def make_env(self, task):
+        """Make the task's environment, unless it is there."""
+
+    def step(self, actions: np.ndarray) -> StepResult:
+        """Run actions (H, A), one after another, until success."""
+        for number, action in enumerate(actions, 1):
+            self.control_step(action)
+            if self.success():
+                return StepResult(number, True, None)
+        return StepResult(len(actions), False, self.get_observation())
+
+class Robosuite(Suite):
+    """What suites in robosuite share: a Panda arm and two cameras."""
+    CAMERAS = ("agentview", "robot0_eye_in_hand")
+    ROBOT = dict(robots=["Panda"], use_camera_obs=False, has_renderer=False, has_offscreen_renderer=True,
+                 ignore_done=True, control_freq=20, hard_reset=False)
+    CONTROL_STEP = "robosuite"
+
+    def control_step(self, action):
+        """Run one action (7,) for 50 ms."""
+        self.env.step(action)
+
+    def success(self) -> bool:
+        """The reward: whether the task's goal holds."""
+        return self.env._check_success()
+
+    def get_observation(self) -> dict:
+        """The raw observation, by robosuite's names."""
+        # Pictures are drawn once in H control steps, which is five times faster than in each.
+        observation = self.env._get_observations(force_update=True)
+        for camera in self.CAMERAS:
+            observation[f"{camera}_image"] = self.render(camera, self.image_size, self.collision)
+        return observation
+
+    def render(self, camera, size, collision):
+        """One picture (size, size, 3) uint8, upside down as OpenGL has it."""
+        self.env.sim._render_context_offscreen.vopt.geomgroup[:2] = (collision, not collision)
+        return self.env.sim.render(camera_name=camera, width=size, height=size)
+
+class Libero(Robosuite):
+    """A suite of LIBERO by its name; called with settings of the pictures, one that simulates."""
+    NAME = ""  # in classes that derive from it: the suite of LIBERO that they are made of
+
+    def __init__(self, name="", image_size=256, collision=False):
+        super().__init__(image_size, collision)
+        self.name = self.NAME or name
+        with redirect_stdout(None):  # the first import prints where it keeps its settings
+            from libero.libero import benchmark
+            self.benchmark = benchmark.get_benchmark(self.name)()
+        self.HORIZON = self.HORIZON or LIBERO[self.name]
+        self.INSTRUCTIONS = self.INSTRUCTIONS or [task.language for task in self.benchmark.tasks]
+
+    def __call__(self, image_size=256, collision=False):
+        return type(self)(self.name, image_size, collision)
+
+    def eval_init_states(self, task, number):
+        """LIBERO's stored states of a task."""
+        states = self.benchmark.get_task_init_states(task)
         require(number <= len(states), f"--eval_contexts must be at most {len(states)}, got {number}")
         return states[:number]
 
-    def build(self, task):
+    def make_env(self, task):
         """Make the task's environment, unless it is there."""
         if task == self.task:
             return
         if self.env:
             self.env.close()  # EGL wants that before the next one
         from libero.libero.envs.env_wrapper import ControlEnv
-        bddl_file = self.BENCHMARK.get_task_bddl_file_path(task)
+        bddl_file = self.benchmark.get_task_bddl_file_path(task)
         self.env = ControlEnv(bddl_file_name=bddl_file, **self.ROBOT).env
         self.task = task
 
-    def reset(self, context) -> Answer:
+    def reset(self, context: Context) -> StepResult:
         """Seed, reset, set the state and let things settle."""
-        from examples.control_step import control_step
         # In this order at every episode: LIBERO's fixtures are placed by the seed and are no part of the
         # state, and all K rollouts of a group must share their scene, or their baseline is wrong.
-        self.build(context.task)
+        self.make_env(context.task)
         np.random.seed(context.seed % 2 ** 32)
         self.env.reset()
         if context.state is not None:
@@ -496,180 +618,191 @@ class Libero:
             self.env.sim.data.qpos[joints] += np.random.normal(0, 0.02, len(joints))
         self.env.sim.forward()
         for _ in range(10):
-            control_step(self.env, np.array([0, 0, 0, 0, 0, 0, -1.0]))
-        return Answer(0, False, self.look())
+            self.control_step(np.array([0, 0, 0, 0, 0, 0, -1.0]))
+        return StepResult(0, False, self.get_observation())
 
-    def step(self, actions) -> Answer:
-        """Run actions (H, 7), one after another, until success."""
-        # It is self.env.step(action) with one pass in each of 25 physics steps, where robosuite makes three.
-        from examples.control_step import control_step
-        for ran, action in enumerate(actions, 1):
-            control_step(self.env, action)
-            if self.success():
-                return Answer(ran, True, None)
-        return Answer(len(actions), False, self.look())
-
-    def success(self) -> bool:
-        """The reward: whether the task's goal holds."""
-        return self.env._check_success()
-
-    def look(self) -> dict:
-        """The raw observation."""
-        # Pictures are drawn once in H control steps, which is five times faster than in each.
-        observation = self.env._get_observations(force_update=True)
-        for camera in self.CAMERAS:
-            observation[f"{camera}_image"] = self.draw(camera, self.image_size, self.collision)
-        return observation
-
-    def draw(self, camera, size, collision):
-        """One picture (size, size, 3) uint8, upside down as OpenGL has it."""
-        self.env.sim._render_context_offscreen.vopt.geomgroup[:2] = (collision, not collision)
-        return self.env.sim.render(camera_name=camera, width=size, height=size)
-
-def load_class(known, base, name):
+def load_class(known: dict, base: type, name: str) -> type:
     """The class that a name in known, or FILE.py:Class, stands for. Raises UserError where there is none."""
     path = known.get(name, name)
     file, _, attribute = path.rpartition(":")
     require(file, f"{name} is none of {', '.join(known | ALIASES)}, FILE.py:Class")
-    if file.endswith(".py"):
-        found = read(file, runpy.run_path).get(attribute)
-    else:
-        found = read(path, pkgutil.resolve_name)
+    place = file.replace(".", "/") + ".py"
+    require(name not in known or (HERE / place).exists(), f"{name} is {place} of ript.py's repository, which "
+            f"is not beside {HERE}/ript.py: get the whole repository, or give FILE.py:Class")
+    with reading(file):
+        found = runpy.run_path(file).get(attribute) if file.endswith(".py") else pkgutil.resolve_name(path)
     require(isinstance(found, type) and issubclass(found, base), f"{name} is no subclass of {base.__name__}")
     return found
 
-load_policy = cache(partial(load_class, POLICIES, nn.Module))  # -> a policy's class, by name or FILE.py:Class
+@cache
+def load_policy(name: str) -> type[nn.Module]:
+    """The class of a policy, by its name or FILE.py:Class."""
+    return load_class(POLICIES, nn.Module, name)
 
 @cache
-def load_suite(name):
-    """The class of a suite, by its name or FILE.py:Class."""
+def load_suite(name: str) -> type[Suite] | Libero:
+    """A suite, by its name or FILE.py:Class: called with (image_size, collision), it makes what simulates."""
     name = ALIASES.get(name, name)
-    base = load_class(SUITES, Libero, name)
-    if name not in LIBERO:
-        return base
-    with redirect_stdout(None):  # the first import prints where it keeps its settings
-        from libero.libero import benchmark
-        tasks = benchmark.get_benchmark(name)()
-    texts = [task.language for task in tasks.tasks]
-    return type(name, (base,), dict(BENCHMARK=tasks, HORIZON=LIBERO[name], INSTRUCTIONS=texts))
+    if name in LIBERO and not (HERE / "simulators/libero.py").exists():
+        return Libero(name)  # with robosuite's own control step
+    suite = load_class(SUITES, Suite, name)
+    return suite(name) if issubclass(suite, Libero) else suite
 
-def tasks_of(cfg) -> dict[int, str]:
+def tasks_of(cfg: Config) -> dict[int, str]:
     """Numbers and instructions of the tasks that a run is about."""
     texts = dict(enumerate(load_suite(cfg.suite).INSTRUCTIONS))
     require(cfg.task < len(texts), f"--task must be below {len(texts)} for {cfg.suite}, got {cfg.task}")
     return texts if cfg.task < 0 else {cfg.task: texts[cfg.task]}
 
-def serve(pipe, suite, image_size, collision):
+def horizon_of(suite: type[Suite] | Suite, task: int) -> int:
+    """The control steps that an episode of a task may take."""
+    return suite.HORIZON if isinstance(suite.HORIZON, int) else suite.HORIZON[task]
+
+def worker_main(socket_number: int, model: str, suite: str, image_size: int, collision: bool):
     """A simulator's process: answers the trainer's calls until the trainer is gone, even if it was killed."""
-    from examples.headless import begin
-    begin()
-    simulator = None
+    torch.set_num_threads(1)
+    pipe, simulator = Connection(socket_number), None
     with suppress(EOFError, OSError):
         while True:
             method, arguments = pipe.recv()
             try:
                 simulator = simulator or load_suite(suite)(image_size, collision)
-                answer = getattr(simulator, method)(*arguments)
+                result = getattr(simulator, method)(*arguments)
+                if isinstance(result, StepResult) and result.observation is not None:
+                    result = result._replace(observation=load_policy(model).preprocess(result.observation))
             except Exception:
-                answer = SimulatorError(traceback.format_exc())
-            pipe.send(answer)
+                result = SimulatorError(traceback.format_exc())
+            pipe.send(result)
     # At exit robosuite's destructors would free what is freed already.
     os._exit(0)
 
 class SimulatorError(RuntimeError):
     """A simulator died, was silent for too long, or raised."""
 
-class Worker:
+class Simulator:
     """A simulator in a process of its own."""
-    PATIENCE, TRIES = 300, 3  # seconds for an answer; processes for an episode
+    PATIENCE = 300  # seconds for an answer
 
-    def __init__(self, cfg, task):
-        self.settings = cfg.suite, cfg.image_size, cfg.collision
-        self.task = task  # of the episode that it has had last
+    def __init__(self, cfg):
+        self.settings = cfg.model, cfg.suite, cfg.image_size, cfg.collision
+        self.task = None  # of the episode that it has had last
         self.start()
 
     def start(self):
-        """Start the process."""
-        spawn = multiprocessing.get_context("spawn")  # OpenGL and CUDA do not survive a fork
-        self.pipe, end = spawn.Pipe()
-        self.process = spawn.Process(target=serve, args=(end, *self.settings), daemon=True)
-        # The child inherits that Ctrl-C is for the trainer alone.
-        multiprocessing.resource_tracker.ensure_running()  # here, because it would unblock the signal
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        self.process.start()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        # Without this end here, the pipe says when the process is dead.
-        end.close()
+        """Start the process, in a session of its own: Ctrl-C is for the trainer alone."""
+        self.socket, its = socket.socketpair()
+        self.socket.setblocking(False)  # while an answer arrives, or none does, other rollouts go on
+        command = f"import ript; ript.worker_main({its.fileno()}, *{self.settings})"
+        variables = os.environ | dict(PYTHONPATH=os.pathsep.join([str(HERE), *sys.path]))
+        self.process = subprocess.Popen([sys.executable, "-c", command], env=variables,
+                                        pass_fds=[its.fileno()], start_new_session=True)
+        its.close()  # without this end here, the socket says when the process is dead
+        self.failed = False
 
     def close(self):
         """End the process at once, whatever it is doing."""
         self.process.kill()
-        self.process.join()
+        self.process.wait()
+        self.socket.close()
 
-    def call(self, method, *arguments):
-        """-> what a method of the simulator returns. Raises SimulatorError."""
+    async def call(self, method: str, *arguments):
+        """-> what a method of the simulator returns. The call after one that failed starts a new process."""
+        if self.failed:
+            self.close()
+            self.start()
+        self.failed = True
         try:
-            self.pipe.send((method, arguments))
-            if not self.pipe.poll(self.PATIENCE):
-                raise TimeoutError(f"no answer in {self.PATIENCE} seconds")
-            answer = self.pipe.recv()
-        except (EOFError, OSError) as error:
-            raise SimulatorError(f"{method}: {type(error).__name__}: {error}") from error
-        if isinstance(answer, SimulatorError):
-            raise answer
-        return answer
+            async with asyncio.timeout(self.PATIENCE):
+                result = await self.exchange(pickle.dumps((method, arguments)))
+        except OSError as error:  # as ConnectionError and TimeoutError are
+            raise SimulatorError(f"{method}: {type(error).__name__} {error}") from error
+        if isinstance(result, SimulatorError):
+            raise result
+        self.failed = False
+        return result
 
-    def play(self, play, episode):
-        """-> this worker and the episode, after play(worker, episode)."""
-        # A new process starts the episode again. A rollout is a function of its numbers: no result changes.
-        self.task = episode.context.task
+    async def exchange(self, call):
+        """Send a call and receive the answer. The messages of a Connection begin with their length."""
+        loop, data = asyncio.get_running_loop(), bytearray()
+        await loop.sock_sendall(self.socket, len(call).to_bytes(4, "big") + call)
+        while len(data) < 4 or len(data) < 4 + int.from_bytes(data[:4], "big"):
+            part = await loop.sock_recv(self.socket, 2 ** 20)
+            if not part:
+                raise ConnectionError("the process is dead")
+            data += part
+        return pickle.loads(data[4:])
+
+class Simulators:
+    """The simulators of this process, and the episodes that wait for one."""
+    TRIES = 3  # processes for an episode
+
+    def __init__(self, cfg):
+        self.suite = load_suite(cfg.suite)
+        self.all = [Simulator(cfg) for _ in range(cfg.workers)]
+
+    def run(self, coroutines, groups: list[list[Episode]], title: str):
+        """Run coroutines, which await run_episodes, to their ends. A bar counts the groups' episodes."""
+        async def together():
+            await asyncio.gather(*coroutines)
+
+        self.idle, self.waiting = list(self.all), []  # waiting: a task and a Future for each
+        self.groups, self.progress = groups, Progress(title)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # for the policy: the simulators need the other cores
+        try:
+            asyncio.run(together())
+        finally:
+            torch.set_num_threads(threads)
+
+    async def run_episodes(self, rollout, episodes: list[Episode], *arguments):
+        """Await rollout(simulator, episode, *arguments, horizon) for each episode."""
+        await asyncio.gather(*(self.run_episode(rollout, episode, *arguments) for episode in episodes))
+
+    async def run_episode(self, rollout, episode: Episode, *arguments):
+        """The same for one. If its simulator fails, it begins again in a new process."""
+        # A rollout depends on its context and its seeds alone, so its result does not change.
+        task, turn = episode.context.task, asyncio.get_running_loop().create_future()
+        self.waiting.append((task, turn))
+        self.match()
+        simulator = await turn
         for _ in range(self.TRIES):
-            episode.records, episode.executed = [], []
             try:
-                play(self, episode)
-                return self, episode
+                await rollout(simulator, episode, *arguments, horizon_of(self.suite, task))
+                break
             except SimulatorError as error:
                 failure = error
-                self.close()
-                self.start()
-        raise RuntimeError(f"the simulator failed {self.TRIES} times at {episode}") from failure
+        else:
+            raise RuntimeError(f"the simulator failed {self.TRIES} times at {episode}") from failure
+        self.idle.append(simulator)
+        self.match()
+        self.progress.step(*progress_of(self.groups))
+
+    def match(self):
+        """Give free simulators to episodes that wait, to those first whose environment they have."""
+        while self.idle and self.waiting:
+            pairs = ((s, w) for s in self.idle for w in self.waiting if s.task == w[0])
+            simulator, (task, turn) = next(pairs, (self.idle[0], self.waiting[0]))
+            self.idle.remove(simulator)
+            self.waiting.remove((task, turn))
+            simulator.task = task
+            turn.set_result(simulator)
 
 @contextmanager
-def open_workers(cfg):
+def open_simulators(cfg: Config):
     """The simulators of this process, within a with statement. Raises UserError if they do not start."""
-    tasks = list(tasks_of(cfg))
-    workers = [Worker(cfg, tasks[i % len(tasks)]) for i in range(cfg.workers)]
+    simulators = Simulators(cfg)
     try:
-        workers[0].call("build", tasks[0])
-        yield workers
+        asyncio.run(simulators.all[0].call("make_env", next(iter(tasks_of(cfg)))))
+        yield simulators
     except SimulatorError as error:
         raise UserError("the simulator does not start (it needs libegl1 and libgl1-mesa-dri on Debian, and "
                         f"for LIBERO the meshes of libero-download-assets): {str(error).splitlines()[-1]}")
     finally:
-        for worker in workers:
-            worker.close()
-
-def simulate(play, workers, queue):
-    """Run play(worker, episode) for every Episode of a deque, each in a thread; yield each as it ends."""
-    # The caller may extend the queue meanwhile. A worker that is free takes the next episode at once.
-    idle, running = list(workers), set()
-    # For the policy, torch has one core in these threads. The simulators need the others.
-    with ThreadPoolExecutor(len(workers), initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        while queue or running:
-            while queue and idle:
-                worker = idle.pop(0)
-                # An episode of the worker's own task first, because its environment is there.
-                episode = next((e for e in queue if e.context.task == worker.task), queue[0])
-                queue.remove(episode)
-                running.add(threads.submit(worker.play, play, episode))
-            ended, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in ended:
-                worker, episode = future.result()
-                idle.append(worker)
-                yield episode
+        for simulator in simulators.all:
+            simulator.close()
 
 # ---------------------------------------------------------------------- 5. Ranks, evaluation, files and main
-def join(device):
+def init_distributed(device: str):
     """Make the processes that torchrun started one group: NCCL on GPUs, gloo on CPUs."""
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -679,21 +812,21 @@ def join(device):
         backend = "nccl" if device.startswith("cuda") else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(hours=1))
 
-def gather(value) -> list:
+def all_gather(value: object) -> list:
     """The value of every process."""
     values = [value] * WORLD
     if WORLD > 1:
         distributed.all_gather_object(values, value)
     return values
 
-def total(numbers) -> dict:
+def all_reduce_sum(numbers: dict) -> dict:
     """A dict of numbers, summed over the processes."""
     sums = Counter()
-    for others in gather(dict(numbers)):
+    for others in all_gather(dict(numbers)):
         sums.update(others)
     return dict(sums)
 
-def reduce_gradients(parameters):
+def reduce_gradients(parameters: list[nn.Parameter]):
     """Sum gradients over the processes in one flat all-reduce. A process without episodes adds zeros."""
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -703,158 +836,218 @@ def reduce_gradients(parameters):
         distributed.all_reduce(flat)
         nn.utils.vector_to_parameters(flat, gradients)
 
-def summary(groups, seconds):
+class Progress:
+    """How far something is: a bar on a terminal, and elsewhere a line a minute. Rank 0 speaks."""
+    def __init__(self, title):
+        from tqdm import tqdm
+        tqdm.monitor_interval = 0  # its monitor would be a thread
+        self.bar = tqdm(desc=title, leave=False, disable=RANK > 0 or not sys.stderr.isatty())
+        self.title, self.done, self.spoke = title, 0, time.time()
+
+    def step(self, total, text):
+        """One more of so many is done; text says how it goes."""
+        self.done, self.bar.total = self.done + 1, total
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        if self.bar.disable and time.time() - self.spoke > 60:
+            print(f"{self.title}: {self.done} of {total}, {text}", flush=True)
+            self.spoke = time.time()
+
+def progress_of(groups: list[list[Episode]]) -> tuple[int, str]:
+    """How many episodes of groups have begun, and a text about those that have ended."""
+    outcomes = [[episode.success for episode in group] for group in groups]
+    signal = [bool(has_signal(torch.tensor([group]))) for group in outcomes if None not in group]
+    text = f"{sum(group.count(True) for group in outcomes)} succeeded"
+    if len(groups) > 1:
+        text += f", {sum(signal)} groups kept, {len(signal) - sum(signal)} rejected"
+    return sum(map(len, groups)), text
+
+def rollout_stats(groups: list[list[Episode]]) -> dict:
     """Statistics of an iteration's groups over all processes."""
     rewards = rewards_of(groups)  # C K
-    episodes = sum(groups, [])
-    records = [record for episode in episodes for record in episode.records]
-    stats = total(dict(
-        kept=has_signal(rewards).sum().item(), solved=rewards.all(-1).sum().item(),
-        failed=(~rewards).all(-1).sum().item(), rollouts=len(episodes), successes=rewards.sum().item(),
-        queries=len(records), env_steps=sum(sum(episode.executed) for episode in episodes),
-        **{name: sum(record.get(name, 0.0) for record in records) for name in LOGGED}))
-    stats |= {name: stats[name] / stats["queries"] for name in LOGGED}
-    return stats | dict(rollout_success=stats["successes"] / stats["rollouts"], seconds_rollouts=seconds)
+    episodes = [episode for group in groups for episode in group]
+    chunks = [chunk for episode in episodes for chunk in episode.chunks]
+    logged = "scale", "at_low", "at_high"  # of the action chunks, as means over all queries
+    stats = all_reduce_sum(dict(
+        kept=has_signal(rewards).sum().item(), all_success=rewards.all(-1).sum().item(),
+        all_fail=(~rewards).all(-1).sum().item(), rollouts=len(episodes), successes=rewards.sum().item(),
+        queries=len(chunks), env_steps=sum(sum(episode.num_executed) for episode in episodes),
+        **{name: sum(chunk.get(name, 0.0) for chunk in chunks) for name in logged}))
+    stats |= {name: stats[name] / stats["queries"] for name in logged}
+    return stats | dict(rollout_success=stats["successes"] / stats["rollouts"])
 
-def evaluation_contexts(cfg):
-    """The held-out contexts of the suite. Nothing else uses their seeds."""
+def evaluation_contexts(cfg: Config) -> list[Context]:
+    """The held-out contexts of the suite. Training has other seeds."""
+    suite = load_suite(cfg.suite)
     return [Context(task, text, seed, state) for task, text in tasks_of(cfg).items()
-            for seed, state in enumerate(load_suite(cfg.suite).held_out(task, cfg.eval_contexts))]
+            for seed, state in enumerate(suite.eval_init_states(task, cfg.eval_contexts))]
 
-def training_context(number, cfg):
+def training_context(number: int, cfg: Config) -> Context:
     """The context of a group: a demonstrated one, or without --demos a fresh one of the tasks in turn."""
-    if cfg.demos:
-        from examples.imitation import demonstrated_context  # which reads LIBERO's HDF5 files
-        return demonstrated_context(number, cfg)  # of the paper's D_context
     tasks = list(tasks_of(cfg).items())
+    if cfg.demos:  # which makes the paper's D_context
+        states_of = getattr(load_suite(cfg.suite), "demo_init_states", None)
+        require(states_of, f"--demos is for suites of LIBERO (simulators/libero.py), {cfg.suite} is none")
+        demos = [(*task, 0, state) for task in tasks for state in states_of(cfg.demos, task[0])]
+        return Context(*demos[np.random.default_rng([cfg.seed, number]).integers(len(demos))])
     return Context(*tasks[number % len(tasks)], TRAIN_SEEDS * (cfg.seed + 1) + number)
 
-def evaluate(policy, workers, contexts, cfg, name) -> float:
+def evaluate(policy: nn.Module, simulators: Simulators, contexts: list[Context], cfg: Config,
+             name: str) -> float:
     """Act with the mean in every context: -> the share of successes. Writes evaluation_NAME.json."""
-    play = partial(rollout, actor=Actor(policy, cfg.act_batch), horizon=load_suite(cfg.suite).HORIZON)
-    ended = simulate(play, workers, deque(map(Episode, contexts[RANK::WORLD])))
-    mine = {f"{cfg.suite} {e.context.task} {e.context.seed}": e.success for e in ended}
-    outcomes = dict(sorted(total(mine).items()))  # 1 for a success
-    write(Path(cfg.out, f"evaluation_{name}.json"), lambda path: path.write_text(json.dumps(outcomes)))
+    episodes = [Episode(context, deterministic=True) for context in contexts[RANK::WORLD]]
+    rollouts = simulators.run_episodes(rollout, episodes, Actor(policy, cfg.act_batch))
+    simulators.run([rollouts], [episodes], f"evaluation {name}")
+    mine = {f"{cfg.suite} {e.context.task} {e.context.seed}": e.success for e in episodes}
+    outcomes = dict(sorted(all_reduce_sum(mine).items()))  # 1 for a success
+    if RANK == 0:
+        with writing(Path(cfg.out, f"evaluation_{name}.json")) as file:
+            file.write_text(json.dumps(outcomes))
     print(f"{name}: {sum(outcomes.values())} of {len(outcomes)} held-out contexts", flush=True)
     return sum(outcomes.values()) / len(outcomes)
 
-def read(path, reader):
-    """reader(path). Whatever it raises becomes a UserError with the file's name."""
+@contextmanager
+def reading(path: str | Path):
+    """Whatever goes wrong within becomes a UserError that names the file."""
     try:
-        return reader(path)
+        yield
     except Exception as error:  # each library has its own for a damaged file
-        raise UserError(f"cannot read {path}: {type(error).__name__}: {error}")
+        raise UserError(f"cannot read {path}: {type(error).__name__}: {error}") from error
 
-def write(path, writer):
-    """Write a file on rank 0, whole or not at all: writer(temporary path), then a rename."""
-    if RANK > 0:
-        return
+@contextmanager
+def writing(path: Path):
+    """Give a temporary path to write to, and rename it at the end: a file is written whole or not at all."""
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        writer(temporary)
+        yield temporary
         os.replace(temporary, path)
     except Exception as error:  # each library has its own for a full disk
-        with suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"cannot write {path}: {type(error).__name__}: {error}")
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {type(error).__name__}: {error}") from error
 
-def save_run(out, policy, optimizer, run, stats):
-    """End an iteration: print a line, write metrics.jsonl, last/, best/ and, for --resume, run.pt."""
-    row = dict(iteration=run["iteration"]) | stats | dict(gpu_gb=torch.cuda.max_memory_allocated() / 2 ** 30)
-    run["history"].append(row)
-    shown = "iteration", "rollout_success", "kept", "solved", "failed", "approx_kl", "eval_success"
-    print("  ".join(f"{name} {row[name]:.3g}" for name in shown if name in row), flush=True)
-    policy.save(out / "last")
-    if row.get("eval_success", -1.0) > run["best"]:
-        run["best"] = row["eval_success"]
-        policy.save(out / "best")
-    lines = "".join(json.dumps(row) + "\n" for row in run["history"])
-    write(out / "metrics.jsonl", lambda path: path.write_text(lines))
-    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    write(out / "run.pt", partial(torch.save, dict(run, policy=trained, optimizer=optimizer.state_dict())))
-
-def load_run(path, policy, optimizer):
-    """Fill policy and optimizer from what save_run wrote: -> the run."""
-    if zipfile.ZipFile(path).testzip():  # torch does not look at the checksums
-        raise ValueError("a checksum is wrong")
-    run = torch.load(path, map_location="cpu", weights_only=True)
-    policy.load_state_dict(run.pop("policy"), strict=False)
-    optimizer.load_state_dict(run.pop("optimizer"))
-    return run
-
-def check(cfg):
-    """Raise UserError for what can be known to go wrong before any long work starts."""
-    least = dict(rollouts=2, image_size=16, task=-1, seed=0, iterations=0, max_rejected=0, act_batch=0,
-                 eval_every=0, momentum=0, micro_batch=0, sft_steps=0, scale_steps=0)
-    for name, value in vars(cfg).items():
-        if name in least:
-            fits = least[name] <= value < 2 ** 31
-            require(fits, f"--{name} must be at least {least[name]} and below 2 ** 31, got {value}")
-        elif type(value) in (int, float):
-            require(0 < value < math.inf, f"--{name} must be a number above 0, got {value}")
-    taken = not cfg.resume and (Path(cfg.out) / "run.pt").exists()
-    require(not taken, f"{cfg.out} has a run: go on with --resume {cfg.out}, or choose another --out")
-    require(cfg.momentum < 1, f"--momentum must be below 1, got {cfg.momentum}")
-    require(cfg.groups % WORLD == 0, f"--groups must be a multiple of the {WORLD} processes")
-    require(not cfg.demos or cfg.suite in LIBERO, f"--demos is for suites of LIBERO, {cfg.suite} is none")
-    training_context(0, cfg)
-    read(f"--device {cfg.device}", lambda _: torch.empty(0, device=cfg.device))
-
-@contextmanager
-def one_sentence():
-    """Print a UserError as one sentence and exit with status 2."""
+def lock_run_dir(out: Path):
+    """Keep the directory of a run from other runs, for as long as the file that this returns is open."""
     try:
-        yield
-    except UserError as error:
-        # Where rank 0 fails alike, torchrun ends the others before they say so too.
-        time.sleep(2 * (RANK > 0))
-        print(f"ript.py: {' '.join(str(error).split())[:500]}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        raise UserError(f"another run is using {out}: choose another --out")
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}")
 
-@one_sentence()
-def main(argv=None):
+@dataclass
+class TrainState:
+    """How far a run has come."""
+    iteration: int = 0  # complete ones
+    group: int = 0  # the next number in the stream of contexts
+    best: float = -1.0  # the best success of an evaluation
+    history: list = field(default_factory=list)  # the rows of metrics.jsonl
+
+def log_iteration(state: TrainState, stats: dict):
+    """Add an iteration's row to the history, and print the most of it."""
+    gpu_gb = torch.cuda.max_memory_allocated() / 2 ** 30
+    state.history.append(dict(iteration=state.iteration) | stats | dict(gpu_gb=gpu_gb))
+    shown = dict(success="rollout_success", kept="kept", all_success="all_success", all_fail="all_fail",
+                 kl="approx_kl", eval="eval_success")
+    texts = [f"{word} {stats[name]:.3g}" for word, name in shown.items() if name in stats]
+    print("  ".join([f"iteration {state.iteration}", *texts]), flush=True)
+
+def save_run(out: Path, policy: nn.Module, optimizer, state: TrainState):
+    """Write last/, best/, metrics.jsonl and, for --resume, run.pt."""
+    success = state.history[-1].get("eval_success", -1.0)
+    is_best, state.best = success > state.best, max(state.best, success)
+    if RANK > 0:
+        return
+    policy.save(out / "last")
+    if is_best:
+        policy.save(out / "best")
+    with writing(out / "metrics.jsonl") as file:
+        file.write_text("".join(json.dumps(row) + "\n" for row in state.history))
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    with writing(out / "run.pt") as file:
+        torch.save(asdict(state) | dict(policy=trained, optimizer=optimizer.state_dict()), file)
+
+def load_run(path: Path, policy: nn.Module, optimizer) -> TrainState:
+    """Fill policy and optimizer from what save_run wrote."""
+    with reading(path):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        policy.load_state_dict(saved.pop("policy"), strict=False)
+        optimizer.load_state_dict(saved.pop("optimizer"))
+        return TrainState(**saved)
+
+def check(cfg: Config):
+    """Raise UserError for what can be known to go wrong before any long work starts."""
+    taken = not cfg.resume and Path(cfg.out, "run.pt").exists()
+    require(not taken, f"{cfg.out} has a run: go on with --resume {cfg.out}, or choose another --out")
+    require(cfg.groups % WORLD == 0, f"--groups must be a multiple of the {WORLD} processes")
+    preprocess = inspect.getattr_static(load_policy(cfg.model), "preprocess", None)
+    require(isinstance(preprocess, (classmethod, staticmethod)), f"{cfg.model} needs preprocess as a class "
+            "method, since simulators call it in their own processes")
+    training_context(0, cfg)
+    try:
+        torch.empty(0, device=cfg.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {cfg.device} cannot be used: {error}") from error
+
+def run_command(main: Callable[[], object]):
+    """Run a script's main(). A UserError is one sentence and exit status 2."""
+    # Ctrl-C ends at once, as SIGTERM does: no file is ever half written.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        main()
+    except UserError as error:
+        name = Path(sys.argv[0]).name + (f", process {RANK}" if RANK else "")
+        print(f"{name}: {' '.join(str(error).split())[:500]}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    if WORLD > 1:  # not after an error, when the other processes may never answer
+        distributed.destroy_process_group()
+
+def main(argv: Optional[list[str]] = None):
     """Algorithm 1 with a line per iteration, between two evaluations on the same contexts."""
     cfg = parse_config(sys.argv[1:] if argv is None else argv)
     check(cfg)
-    join(cfg.device)
+    init_distributed(cfg.device)
     torch.manual_seed(cfg.seed)
     out = Path(cfg.out)
-    from examples.headless import hold
-    with hold(out), open_workers(cfg) as workers:
+    with lock_run_dir(out) if RANK == 0 else nullcontext(), open_simulators(cfg) as simulators:
         policy = load_policy(cfg.model).load(cfg)
-        optimizer = torch.optim.AdamW(policy.parameter_groups(), cfg.lr, (cfg.momentum, 0.999),
+        optimizer = torch.optim.AdamW(policy.parameter_groups(), cfg.lr, (cfg.adam_beta1, 0.999),
                                       fused=cfg.device != "cpu")
-        held_out = evaluation_contexts(cfg)
-        write(out / "config.json", lambda path: path.write_text(json.dumps(asdict(cfg), indent=1)))
+        contexts = evaluation_contexts(cfg)
+        if RANK == 0:
+            with writing(out / "config.json") as file:
+                file.write_text(json.dumps(asdict(cfg), indent=1))
+        print(f"{cfg.model} and {cfg.workers} simulators of {cfg.suite} are ready", flush=True)
+        if cfg.control_step == "robosuite":
+            print("control steps are robosuite's, 3.5 times slower than simulators/libero.py's", flush=True)
         if cfg.eval:
-            return evaluate(policy, workers, held_out, cfg, "success")
-        run, stats = dict(iteration=0, group=0, best=-1.0, history=[]), {}
-        # A run that was stopped before it wrote run.pt starts again.
-        if cfg.resume and (out / "run.pt").exists():
-            run = read(out / "run.pt", partial(load_run, policy=policy, optimizer=optimizer))
-            stats = run["history"].pop()
-        while True:
-            done = run["iteration"]
-            due = done in (0, cfg.iterations) or cfg.eval_every and done % cfg.eval_every == 0
-            if due and "eval_success" not in stats:
-                stats["eval_success"] = evaluate(policy, workers, held_out, cfg, "RIPT" if done else "SFT")
-            save_run(out, policy, optimizer, run, stats)
-            if done >= cfg.iterations:
-                break
+            return evaluate(policy, simulators, contexts, cfg, "success")
+        state = TrainState()
+        if cfg.resume and (out / "run.pt").exists():  # a run that was stopped before that begins again
+            state = load_run(out / "run.pt", policy, optimizer)
+        if not state.history:
+            log_iteration(state, dict(eval_success=evaluate(policy, simulators, contexts, cfg, "SFT")))
+            save_run(out, policy, optimizer, state)
+        for iteration in range(state.iteration, cfg.iterations):
             for group in optimizer.param_groups:
-                group["lr"] = cfg.lr * (1 - cfg.anneal * done / cfg.iterations)
-            episodes, stats = collect(policy, workers, partial(training_context, cfg=cfg), run, cfg)  # 4-14
+                group["lr"] = cfg.lr * (1 - cfg.anneal * iteration / cfg.iterations)
+            context_of = partial(training_context, cfg=cfg)
+            episodes, stats = collect(policy, simulators, context_of, state, cfg)  # lines 4-14
             if stats["kept"]:
-                stats |= update(policy, optimizer, episodes, cfg, run)  # 15-17
-            run["iteration"] += 1
-    print(f"for the table, the curve and videos: python examples/report.py {out}", flush=True)
+                stats |= update(policy, optimizer, episodes, cfg, state)  # lines 15-17
+            state.iteration = iteration + 1
+            if cfg.eval_every and state.iteration % cfg.eval_every == 0:
+                stats["eval_success"] = evaluate(policy, simulators, contexts, cfg, "RIPT")
+            log_iteration(state, stats)
+            save_run(out, policy, optimizer, state)
+        if "eval_success" not in state.history[-1]:
+            state.history[-1]["eval_success"] = evaluate(policy, simulators, contexts, cfg, "RIPT")
+            save_run(out, policy, optimizer, state)
 
 if __name__ == "__main__":
-    # End at once, as on SIGTERM: no file is ever half written.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    main()
-    # Not after an error, when the other processes may never answer.
-    if WORLD > 1:
-        distributed.destroy_process_group()
+    # Policies and suites say `import ript`. They must get the module whose main() runs, not a second copy.
+    import ript
+    ript.run_command(ript.main)

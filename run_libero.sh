@@ -7,22 +7,22 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
 die() { echo "run_libero.sh: $*" >&2; exit 2; }
-suits() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
+suits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
 
-# 1. A virtual environment, unless one is active. Conda's base is nobody's to install into without being asked.
+# 1. A virtual environment, unless one is active. Never install into conda's base.
 active="${VIRTUAL_ENV:-}${CONDA_PREFIX:-}"
 [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-}" = base ] && active=""
 if [ -z "$active" ]; then
     if [ ! -x "$here/.venv/bin/python" ]; then
-        suits python3 || die "Python 3.10 to 3.12 is needed, python3 is $(python3 --version 2>&1 | tail -n 1)"
-        python3 -m venv "$here/.venv" || die "python3 -m venv failed: install Python 3.10 to 3.12 with venv"
+        suits python3 || die "Python 3.11 or 3.12 is needed, python3 is $(python3 --version 2>&1 | tail -n 1)"
+        python3 -m venv "$here/.venv" || die "python3 -m venv failed: install Python 3.11 or 3.12 with venv"
     fi
     export VIRTUAL_ENV="$here/.venv" PATH="$here/.venv/bin:$PATH"
 fi
 suits python ||
-    die "Python 3.10 to 3.12 is needed, this is $(python --version)"
+    die "Python 3.11 or 3.12 is needed, this is $(python --version)"
 
-# 2. Packages, once for each content of requirements.txt. torch comes first, so that nothing else chooses its build.
+# 2. Packages, once for each content of requirements.txt. torch comes first, so that no other package chooses its build.
 stamp="$(python -c 'import sys; print(sys.prefix)')/.ript-requirements"
 if ! cmp -s "$here/requirements.txt" "$stamp"; then
     echo "installing the packages of requirements.txt into $(dirname "$stamp")"
@@ -62,22 +62,18 @@ fi
 if [ "${1:-}" = test ]; then
     shift
     cd "$here"
-    tests=(ript_test.py policies examples)
-    if [ "${1:-}" = --run-slow ]; then
-        shift
-        tests+=(-o "python_files=*_test.py slow.py")
-    fi
+    tests=(ript_test.py tests)
     echo "running the tests: python -m pytest -q ${tests[*]} $*"
     exec python -m pytest -q "${tests[@]}" "$@"
 fi
 if [ $# = 0 ]; then
     cd "$here"
     echo "1 of 3: stage 2, a few steps of imitation, into runs/tabletop_sft"
-    python examples/imitation.py --suite tabletop
+    python scripts/sft.py --suite tabletop
     echo "2 of 3: stage 3, RIPT, into runs/tabletop"
     python ript.py
     echo "3 of 3: the report"
-    exec python examples/report.py runs/tabletop
+    exec python scripts/report.py runs/tabletop
 fi
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -gt 0 ]; then

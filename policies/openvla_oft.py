@@ -7,7 +7,6 @@ empty positions the action head predicts a chunk of H actions, the mean of ript.
 Every module has the name that it has in the released checkpoints. Nothing that was downloaded is executed.
 Source files named below are those of the released code, ript-vla and the openvla-oft that it contains.
 """
-import io
 import json
 import math
 from collections import OrderedDict
@@ -16,79 +15,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from policies.files import (check_origin, fetch, fill, read_base, read_json, read_statistics, read_tokenizer,
-                            weights_of)
-from ript import LaplacePolicy, ScaleHead, read, require, write
+from policies.checkpoints import (check_trained_with, fetch, fill, read_base, read_json, read_statistics,
+                                  read_tokenizer, weights_of)
+from policies.vision import Tower, mlp, openvla_picture
+from ript import LaplacePolicy, ScaleHead, reading, require, writing
 
-# transformers, PEFT and the hub are imported where they are used: simulators, which import examples/laptop.py
-# and so this file, would spend 3 seconds and 150 MB on them.
+# transformers, PEFT and the hub are imported where they are used: simulators, which import this file for
+# preprocess, would spend 3 seconds and 150 MB on them.
 
 # ------------------------------------------------------------------------------------------------- Modules
-def mlp(*widths):
-    """Linear layers fc1, fc2, ... with exact GELU between them."""
-    layers = OrderedDict(fc1=nn.Linear(*widths[:2]))
-    for i in range(2, len(widths)):
-        layers[f"gelu{i - 1}"] = nn.GELU()
-        layers[f"fc{i}"] = nn.Linear(widths[i - 1], widths[i])
-    return nn.Sequential(layers)
-
-class Block(nn.Module):
-    """A pre-norm transformer block with timm's names: LayerNorm eps 1e-6, exact GELU, maybe LayerScale."""
-    def __init__(self, dim, heads, mlp_ratio, layer_scale):
-        super().__init__()
-        self.heads = heads
-        self.layer_scale = layer_scale
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)))
-        self.mlp = mlp(dim, int(dim * mlp_ratio), dim)
-        if layer_scale:
-            self.ls1 = nn.ParameterDict(dict(scale_factor=torch.ones(dim)))
-            self.ls2 = nn.ParameterDict(dict(scale_factor=torch.ones(dim)))
-
-    def forward(self, x):
-        B, P, D = x.shape
-        qkv = self.attn["qkv"](self.norm1(x)).view(B, P, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # B heads P width, each
-        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, P, D)
-        seen = self.attn["proj"](seen)
-        x = x + (seen * self.ls1["scale_factor"] if self.layer_scale else seen)
-        thought = self.mlp(self.norm2(x))
-        return x + (thought * self.ls2["scale_factor"] if self.layer_scale else thought)
-
-class Tower(nn.Module):
-    """A vision transformer with timm's names (DINOv2, SigLIP): pictures (B, 3, 224, 224) -> (B, P, D).
-
-    It gives the output of block depth - 2. The last block, norm and attn_pool are never run, but the released
-    checkpoints have them, and adapters of them."""
-    def __init__(self, embed_dim, depth, num_heads, mlp_ratio=4., prefix=0, layer_scale=False, pool=False):
-        super().__init__()
-        D = embed_dim
-        self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, D, 14, 14)))  # 224 / 14 = 16 patches a side
-        self.pos_embed = nn.Parameter(torch.randn(1, 16 ** 2, D) * 0.02)
-        self.prefix = prefix  # a class token and registers, which get no position
-        if prefix:
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-            self.reg_token = nn.Parameter(torch.zeros(1, prefix - 1, D))
-        self.blocks = nn.Sequential(*[Block(D, num_heads, mlp_ratio, layer_scale) for _ in range(depth)])
-        self.norm = nn.LayerNorm(D, eps=1e-6)
-        if pool:
-            self.attn_pool = nn.ModuleDict(dict(
-                q=nn.Linear(D, D), kv=nn.Linear(D, 2 * D), proj=nn.Linear(D, D), norm=nn.LayerNorm(D),
-                mlp=mlp(D, int(D * mlp_ratio), D)))
-            self.attn_pool.latent = nn.Parameter(torch.zeros(1, 1, D))
-
-    def forward(self, pictures):
-        x = self.patch_embed["proj"](pictures).flatten(2).mT + self.pos_embed  # B P D
-        if self.prefix:
-            extra = torch.cat([self.cls_token, self.reg_token], 1)
-            x = torch.cat([extra.expand(len(x), -1, -1), x], 1)
-        return self.blocks[:-1](x)[:, self.prefix:]
-
 class MLPResNet(nn.Module):
     """The body of the heads (prismatic/models/action_heads.py): (B, H, wide) -> (B, H, out)."""
     def __init__(self, wide, hidden, out):
@@ -107,26 +45,6 @@ class MLPResNet(nn.Module):
         for block in self.mlp_resnet_blocks:
             x = x + block["ffn"](x)  # the residual joins after the ReLU
         return self.fc2(self.layer_norm2(x))
-
-def openvla_picture(picture):
-    """A camera's picture as OpenVLA-OFT was trained with it: (h, w, 3) uint8 -> (224, 224, 3) uint8.
-
-    TensorFlow's JPEG round trip (quality 95, fast integer DCT), Lanczos to 224 pixels, and the central 90% of
-    the area, bilinearly at 224 pixels again (experiments/robot/openvla_utils.py)."""
-    import simplejpeg  # here, because a GPU is measured without cameras and without it (examples/gpu.py)
-    jpeg = io.BytesIO()
-    Image.fromarray(picture).save(jpeg, "JPEG", quality=95)
-    picture = simplejpeg.decode_jpeg(jpeg.getvalue(), fastdct=True, fastupsample=False)
-    x = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
-    x = F.interpolate(x, size=(224, 224), mode="lanczos", antialias=True).round().clamp(0, 255) / 255
-    side = np.float32(0.9) ** np.float32(0.5)
-    at = (1 - side) / 2 * 223 + torch.arange(224) * side  # the rows and columns to sample, in pixels
-    first, share = at.long(), at.frac()
-    left, right = x.index_select(-1, first), x.index_select(-1, first + 1)
-    x = left + (right - left) * share
-    above, below = x.index_select(-2, first), x.index_select(-2, first + 1)
-    x = above + (below - above) * share[:, None]
-    return (x * 255.5).floor().byte()[0].permute(1, 2, 0).numpy()
 
 # ------------------------------------------------------------------------------------------------- Settings
 def is_adapter_or_head(name) -> bool:
@@ -158,7 +76,7 @@ class OpenVLAOFT(LaplacePolicy):
     (prismatic/extern/hf/modeling_prismatic.py). With "prompt", as the released RIPT adapters were trained
     (ript/algos/rl_optimizers/openvla_oft_interface.py), what precedes the space does not see what follows it.
     """
-    A, BOS, STOP = 7, 1, 2  # action dimensions; Llama's tokens
+    BOS, STOP = 1, 2  # Llama's tokens
     micro_batch = 4  # chunks per forward with gradient; on a GPU its memory decides
     PICTURES = ("agentview_image", "robot0_eye_in_hand_image")
     PROMPT = "In: What action should the robot take to {}?\nOut:"
@@ -173,7 +91,7 @@ class OpenVLAOFT(LaplacePolicy):
             "base_model_name_or_path", "inference_mode", "revision", "task_type")
     trained = ("language_model.model.layers", "action_head")  # stage 3 trains the names that begin so,
     adapters_only = True  # and of these only adapters and heads
-    imitated = ("action_head",)  # what stage 2 could train
+    sft_modules = ("action_head",)  # what stage 2 could train
     PRESET = dict(
         libero_spatial=released("libero-spatial", "LIBERO_SPATIAL", 2.0),
         libero_object=released("libero-object", "LIBERO_OBJECT", 5.0),
@@ -194,8 +112,9 @@ class OpenVLAOFT(LaplacePolicy):
         first, second = [self.TOWER(**sizes) for sizes in towers]
         self.vision_backbone = nn.ModuleDict(dict(featurizer=first, fused_featurizer=second))
         self.projector = mlp(wide, 4 * wide, D, D)
-        self.proprio_projector = mlp(8, D, D)
+        self.proprio_projector = mlp(len(statistics["proprio"]["q01"]), D, D)
         self.language_model = LlamaForCausalLM(llama)
+        self.A = len(statistics["action"]["q01"])  # action dimensions
         # (B, H, A D) -> normalised actions (B, H, A)
         self.action_head = nn.Sequential(OrderedDict(model=MLPResNet(self.A * D, D, self.A)))
         # On the CPU even if the rest has no memory yet, because no released checkpoint has this head.
@@ -206,7 +125,7 @@ class OpenVLAOFT(LaplacePolicy):
         self.tokenizer = tokenizer
         self.prefix = prefix
         self.lora = None  # the settings of the adapters, where there are any
-        self.origin = {}  # the settings that it is made for, where they are known
+        self.trained_with = {}  # the settings that it is made for, where they are known
         # For good: old and new log-probabilities must come from one function.
         self.eval()
 
@@ -220,14 +139,16 @@ class OpenVLAOFT(LaplacePolicy):
         scale_head = "" if cfg.adapter or cfg.eval else cfg.scale_head
         require(cfg.adapter or scale_head or cfg.eval,
                 "openvla-oft explores with a scale head: --scale_head FILE or --adapter DIR has one, "
-                "python examples/imitation.py --demos DIR fits one")
+                "python scripts/sft.py --demos DIR fits one")
         if cfg.adapter or scale_head:
             folder = Path(cfg.adapter or Path(scale_head).parent)
             if (folder / "ript.json").exists():
-                check_origin(read(folder / "ript.json", read_json), cls.origin_of(cfg), folder)
-        policy = cls.from_pretrained(cfg.checkpoint, cfg.suite, cfg.adapter, scale_head, cfg.prefix,
+                with reading(folder / "ript.json"):
+                    origin = read_json(folder / "ript.json")
+                check_trained_with(origin, cls.settings_of(cfg), folder)
+        policy = cls.from_pretrained(cfg.checkpoint, cfg.suite, cfg.adapter, scale_head, cfg.attention_mode,
                                      cfg.device)
-        policy.origin = cls.origin_of(cfg)
+        policy.trained_with = cls.settings_of(cfg)
         if not (cfg.adapter or cfg.eval):
             policy.add_lora()
         # The scale head stays as it is in stage 3.
@@ -237,19 +158,22 @@ class OpenVLAOFT(LaplacePolicy):
         return policy.to(cfg.device)
 
     @classmethod
-    def origin_of(cls, cfg):
+    def settings_of(cls, cfg):
         """The settings that the weights and the rollouts must agree on; save writes them into ript.json."""
-        return dict(suite=cfg.suite, checkpoint=Path(cfg.checkpoint).name, prefix=cfg.prefix,
+        return dict(suite=cfg.suite, checkpoint=Path(cfg.checkpoint).name, prefix=cfg.attention_mode,
                     image_size=cfg.image_size, collision=cfg.collision)
 
     @classmethod
     def describe(cls, folder, suite):
         """The constructor's arguments for the release in a directory, and the dtype of its weights."""
-        llm, towers, dtype = read(folder / "config.json", cls.read_config)
-        pixels = read(folder / "preprocessor_config.json",
-                      lambda path: read_json(path)["tvf_normalize_params"])
-        statistics = read(folder / "dataset_statistics.json", lambda path: read_statistics(path, suite))
-        tokenizer = read(folder / "tokenizer.json", read_tokenizer)
+        with reading(folder / "config.json"):
+            llm, towers, dtype = cls.read_config(folder / "config.json")
+        with reading(folder / "preprocessor_config.json"):
+            pixels = read_json(folder / "preprocessor_config.json")["tvf_normalize_params"]
+        with reading(folder / "dataset_statistics.json"):
+            statistics = read_statistics(folder / "dataset_statistics.json", suite)
+        with reading(folder / "tokenizer.json"):
+            tokenizer = read_tokenizer(folder / "tokenizer.json")
         return dict(llm=llm, towers=towers, pixels=pixels, statistics=statistics, tokenizer=tokenizer), dtype
 
     @classmethod
@@ -273,20 +197,27 @@ class OpenVLAOFT(LaplacePolicy):
         float32. Raises ript.UserError, which names the file, where a tensor is unknown, missing or of another
         shape, and where anything else does not fit."""
         require(prefix in ("exact", "prompt"), f"prefix must be 'exact' or 'prompt', got {prefix!r}")
-        folder = read(path, fetch)
+        with reading(path):
+            folder = fetch(path)
         arguments, stored = cls.describe(folder, suite)
-        with torch.device("meta"):  # shapes without memory
-            policy = read(folder / "config.json", lambda _: cls(**arguments, prefix=prefix))
+        with reading(folder / "config.json"), torch.device("meta"):  # shapes without memory
+            policy = cls(**arguments, prefix=prefix)
         # First what takes no minutes, as reading the base may.
-        adapter_folder = adapter and read(adapter, fetch)
+        if adapter:
+            with reading(adapter):
+                adapter = fetch(adapter)
         if scale_head:
-            read(read(scale_head, fetch), lambda file: fill(file, **policy.scale_parts()))
+            with reading(scale_head):
+                scale_head = fetch(scale_head)
+            with reading(scale_head):
+                fill(scale_head, **policy.scale_parts())
         weights = {f"scale_head.{name}": value for name, value in policy.scale_head.state_dict().items()}
         for name, value in read_base(folder):
             kept = torch.float32 if is_adapter_or_head(name) else dtype or stored
             # A copy, which torch aligns: to the last bit, results depend on where in memory weights are.
             weights[name] = value.to(device, kept, copy=True)
-        read(folder, lambda _: policy.load_state_dict(weights, assign=True))
+        with reading(folder):
+            policy.load_state_dict(weights, assign=True)
         del weights
         policy.drop_unused()
         # The rotary embedding is in no file.
@@ -295,9 +226,7 @@ class OpenVLAOFT(LaplacePolicy):
         policy.to(device)
         policy.check_attention()
         if adapter:
-            read(adapter_folder / "adapter_config.json", lambda file: policy.add_lora(read_json(file)))
-            read(adapter_folder / "adapter_model.safetensors", policy.read_adapter)
-            read(adapter_folder / "openvla_headers.pt", lambda file: fill(file, **policy.heads()))
+            policy.read_adapter_folder(adapter)
         policy.train_only((*cls.trained, "scale_head"))
         return policy
 
@@ -343,6 +272,15 @@ class OpenVLAOFT(LaplacePolicy):
             if "lora_" in name:
                 p.data = p.data.float()
 
+    def read_adapter_folder(self, folder):
+        """Add the adapters of a directory, which also has both heads."""
+        with reading(folder / "adapter_config.json"):
+            self.add_lora(read_json(folder / "adapter_config.json"))
+        with reading(folder / "adapter_model.safetensors"):
+            self.read_adapter(folder / "adapter_model.safetensors")
+        with reading(folder / "openvla_headers.pt"):
+            fill(folder / "openvla_headers.pt", **self.heads())
+
     def read_adapter(self, path):
         """Fill the adapters from an adapter_model.safetensors of PEFT's."""
         saved = load_file(path)
@@ -363,57 +301,66 @@ class OpenVLAOFT(LaplacePolicy):
 
     def save(self, directory):
         """Write all that --adapter takes, or else scale_header.pth; the base stays where it is."""
-        origin = json.dumps(self.origin, indent=1)
-        write(directory / "ript.json", lambda path: path.write_text(origin))
+        directory = Path(directory)
+        with writing(directory / "ript.json") as file:
+            file.write_text(json.dumps(self.trained_with, indent=1))
         if not self.lora:
             header = {name: weights_of(module) for name, module in self.scale_parts().items()}
-            write(directory / "scale_header.pth", lambda path: torch.save(header, path))
+            with writing(directory / "scale_header.pth") as file:
+                torch.save(header, file)
             return
         heads = {name: weights_of(module) for name, module in self.heads().items()}
-        write(directory / "openvla_headers.pt", lambda path: torch.save(heads, path))
-        settings = json.dumps(dict(self.lora, peft_type="LORA"), indent=1)
-        write(directory / "adapter_config.json", lambda path: path.write_text(settings))
+        with writing(directory / "openvla_headers.pt") as file:
+            torch.save(heads, file)
+        with writing(directory / "adapter_config.json") as file:
+            file.write_text(json.dumps(dict(self.lora, peft_type="LORA"), indent=1))
         adapters = {"base_model.model." + name.replace(".default", ""): value.detach().cpu().contiguous()
                     for name, value in self.state_dict().items() if "lora_" in name}
-        write(directory / "adapter_model.safetensors", lambda path: save_file(adapters, path))
+        with writing(directory / "adapter_model.safetensors") as file:
+            save_file(adapters, file)
 
     # -- observations and actions
-    def preprocess(self, raw):
+    @classmethod
+    def preprocess(cls, raw):
         """The simulator's arrays -> what an episode stores: pictures (V, h, w, 3) uint8 and proprio (8,), the
         hand's place in metres, axis times angle in radians, the finger joints in metres
-        (experiments/robot/libero/libero_utils.py)."""
-        x, y, z, w = np.clip(raw["robot0_eef_quat"], -1, 1)
-        sine = math.sqrt(1 - w * w)  # of half the angle
-        axis_angle = np.array([x, y, z]) * (2 * math.acos(w) / sine if sine > 1e-8 else 0)
-        proprio = np.concatenate([raw["robot0_eef_pos"], axis_angle, raw["robot0_gripper_qpos"]])
+        (experiments/robot/libero/libero_utils.py). A suite may give "proprio" itself."""
+        proprio = raw.get("proprio")
+        if proprio is None:
+            x, y, z, w = np.clip(raw["robot0_eef_quat"], -1, 1)
+            sine = math.sqrt(1 - w * w)  # of half the angle
+            axis_angle = np.array([x, y, z]) * (2 * math.acos(w) / sine if sine > 1e-8 else 0)
+            proprio = np.concatenate([raw["robot0_eef_pos"], axis_angle, raw["robot0_gripper_qpos"]])
         # Turned by 180 degrees, as in OpenVLA-OFT's training.
-        pictures = [self.prepare_picture(raw[name][::-1, ::-1]) for name in self.PICTURES]
+        pictures = [cls.prepare_picture(raw[name][::-1, ::-1]) for name in cls.PICTURES]
         return dict(pictures=np.stack(pictures), proprio=proprio)
 
-    def prepare_picture(self, picture):
+    @staticmethod
+    def prepare_picture(picture):
         """A camera's picture, upright, (h, w, 3) uint8 -> what the towers look at, (224, 224, 3) uint8."""
         return openvla_picture(picture)
 
     def bounds(self, kind):
-        """The lower bound of "action" (7,) or "proprio" (8,), and the width of its range, numpy."""
+        """The lower bound of "action" (A,) or "proprio" (P,), and the width of its range, numpy."""
         low = np.array(self.statistics[kind]["q01"])
         high = np.array(self.statistics[kind]["q99"])
         return low, high - low + 1e-8
 
     def to_env_actions(self, normalised):
-        """Head units -> the environment's (..., 7): motion within its bounds, gripper -1 open, +1 closed."""
+        """Head units -> the environment's (..., A): motion within its bounds; the gripper, which is the last
+        dimension, -1 open or +1 closed."""
         low, width = self.bounds("action")
         normalised = torch.as_tensor(normalised).detach().cpu().double().numpy()
         actions = (normalised + 1) / 2 * width + low
-        actions[..., 6] = np.sign(1 - 2 * normalised[..., 6])
+        actions[..., -1] = np.sign(1 - 2 * normalised[..., -1])
         return actions
 
     def from_env_actions(self, actions):
-        """The inverse of to_env_actions, numpy (..., 7) -> a float32 tensor (..., 7): labels, clipped to the
+        """The inverse of to_env_actions, numpy (..., A) -> a float32 tensor (..., A): labels, clipped to the
         bounds as in OpenVLA-OFT's training."""
         low, width = self.bounds("action")
         normalised = np.clip(2 * (actions - low) / width - 1, -1, 1)
-        normalised[..., 6] = (1 - np.sign(actions[..., 6])) / 2
+        normalised[..., -1] = (1 - np.sign(actions[..., -1])) / 2
         return torch.tensor(normalised, dtype=torch.float32)
 
     # -- the forward pass

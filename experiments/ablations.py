@@ -1,0 +1,313 @@
+"""The experiments of docs/RESULTS.md: every seed of one, as a table, a figure and CSV files.
+
+    python experiments/ablations.py                  lists the experiments
+    python experiments/ablations.py k4 k16           stages 2 and 3 of each, where runs/ablations lacks them
+    python experiments/ablations.py bowl --seeds 0   with these seeds in place of 0, 1 and 2
+    python experiments/ablations.py senses NAME      the policies of tabletop or one_scene, misled and blind
+    python experiments/ablations.py imitation        other ways to spend the tabletop's time: more of stage 2
+    python experiments/ablations.py offsets          how the start depends on the offset of the worn arm
+    python experiments/ablations.py passes           N optimiser steps on the same rollouts: where it breaks
+    python experiments/ablations.py gif              the tabletop before and after, docs/tabletop.gif
+
+Of each run, docs/results/NAME keeps metrics_SEED.csv and evaluation_SEED.csv, every context's outcome. The
+policies of `imitation` are evaluated in 200 contexts that nothing else uses, seeds 150 to 249 of each task;
+the others in the usual 100.
+"""
+import sys
+from pathlib import Path
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+import ript
+from experiments import tabletop_suites
+from experiments.common import (PRETRAINED, RESULTS, ROOT, RUNS, SUCCESS, curve_of, plot_curves, print_header,
+                                print_row, read_csv, run_once, write_csv)
+from policies.tiny import Tiny
+from scripts import report
+
+HOME = RUNS / "ablations"
+SEEDS = (0, 1, 2)
+TABLETOP_SUITES = ROOT / "experiments/tabletop_suites.py"
+LIBERO_SUITES = ROOT / "experiments/libero_suites.py"
+# Of each: settings of both stages, of stage 2, of stage 3, over the suite's presets.
+EXPERIMENTS = dict(
+    # 16 groups of 8 kept, 6 iterations, 1 demonstration per instruction
+    tabletop=("", "", ""),
+    long=("", "", "--iterations 15 --eval_every 3"),
+    # 24 groups, of which none is replaced: as many rollouts as the preset takes with its replacements.
+    # Uniform groups are dropped in both.
+    no_replacement=("", "", "--groups 24 --max_rejected 0 --minibatch 192"),
+    k4=("", "", "--rollouts 4 --groups 32 --max_rejected 24"),
+    k16=("", "", "--rollouts 16 --groups 8 --max_rejected 6"),
+    demos3=("", "--demos_per_task 3 --sft_steps 15", ""),
+    demos10=("", "--demos_per_task 10 --sft_steps 50", ""),
+    demos30=("", "--demos_per_task 30 --sft_steps 150", ""),
+    transfer=(f"--suite {TABLETOP_SUITES}:HandOver", "", ""),
+    transfer_head=(f"--suite {TABLETOP_SUITES}:HandOver --model {TABLETOP_SUITES}:HeadOnly", "", ""),
+    transfer_move=(f"--suite {TABLETOP_SUITES}:Move --model {TABLETOP_SUITES}:HeadOnly", "", ""),
+    # Several optimiser steps on the same rollouts, with the clip and without.
+    passes4=("", "", "--ppo_epochs 4"),
+    passes4_noclip=("", "", "--ppo_epochs 4 --clip_coef 1000"),
+    # 4 demonstrations per instruction, 4 iterations
+    libero=("--suite libero_object --task 0", "", ""),
+    libero_none=("--suite libero_object --task 0", "", "--max_rejected 0"),  # nothing is replaced
+    # With four demonstrations, no rollout of 16 in training contexts succeeds in task 1 and on the bowl.
+    object_1=("--suite libero_object --task 1", "--demos_per_task 10", ""),
+    object_2=("--suite libero_object --task 2", "", ""),
+    object_3=("--suite libero_object --task 3", "", ""),
+    one_scene=(f"--suite {LIBERO_SUITES}:OneScene", "", ""),
+    bowl=(f"--suite {LIBERO_SUITES}:Goal --task 6", "--demos_per_task 10", ""),
+)
+# Of an experiment: suites in which its policies are evaluated again, and what is different there.
+SENSES = dict(
+    tabletop={"as it is": "tabletop", "other instruction": f"{TABLETOP_SUITES}:Misled",
+              "grey pictures": f"{TABLETOP_SUITES}:Blind"},
+    one_scene={"other instruction": f"{LIBERO_SUITES}:OneSceneMisled --eval_contexts 20"},
+)
+# Stage 3 of the tabletop takes about as long as 500 steps of stage 2; about 900 of its rollouts succeed.
+IMITATION = {
+    "one demonstration, 500 steps": "--sft_steps 500",
+    "one demonstration, 500 steps, larger lr": "--sft_steps 500 --sft_lr 2e-4",
+    "450 demonstrations, 500 steps, larger lr": "--demos_per_task 450 --sft_steps 500 --sft_lr 2e-4",
+}
+# Of one update each: what differs from the preset, which has no momentum. A clip of 1e6 is none.
+STEPS = (dict(lr=2e-4, clip=0.1), dict(lr=2e-4, clip=0.5), dict(lr=2e-4, clip=1e6), dict(lr=5e-5, clip=0.1),
+         dict(lr=5e-5, clip=1e6), dict(lr=1e-5, clip=0.1), dict(lr=1e-5, clip=1e6),
+         dict(lr=2e-4, clip=0.1, adam_beta1=0.9), dict(lr=2e-4, clip=1e6, adam_beta1=0.9))
+PASSES = (1, 2, 4, 8)
+
+# ------------------------------------------------------------------------------- stages 2 and 3 with settings
+def run(name, seed):
+    """Stages 2 and 3 of one run, as far as they are missing: -> its directory. Copies its results."""
+    out = HOME / f"{name}_{seed}"
+    shared, stage_2, stage_3 = (settings.split() for settings in EXPERIMENTS[name])
+    shared += ["--seed", seed]
+    start = run_once(out / "sft", "scripts/sft.py", *shared, *stage_2)
+    run_once(out, "ript.py", *shared, *stage_3, "--checkpoint", start)
+    report.main([str(out), "--no_video"])  # it writes the CSV files
+    (RESULTS / name).mkdir(parents=True, exist_ok=True)
+    for file in ("metrics", "evaluation"):
+        shutil.copyfile(out / f"{file}.csv", RESULTS / name / f"{file}_{seed}.csv")
+    return out
+
+def table(names, seeds):
+    """Print a line for each run."""
+    print_header("", "seed", "SFT", "RIPT", "gained, lost, p", "rollouts", "uniform groups", "seconds")
+    for name in names:
+        for seed in seeds:
+            print_row(name, seed, *cells_of(name, seed))
+
+def cells_of(name, seed):
+    """What the table says of a run: success before and after, and what it took."""
+    contexts = read_csv(RESULTS / name / f"evaluation_{seed}.csv")
+    before = [bool(int(context["SFT"])) for context in contexts]
+    after = [bool(int(context["RIPT"])) for context in contexts]
+    gained, lost, p = report.mcnemar(before, after)
+    names = "rollouts", "kept", "all_success", "all_fail", "seconds_rollouts", "seconds_update"
+    sums = dict.fromkeys(names, 0.0)
+    for row in read_csv(RESULTS / name / f"metrics_{seed}.csv"):
+        for key in sums:
+            sums[key] += float(row.get(key, 0))
+    uniform = 1 - sums["kept"] / (sums["kept"] + sums["all_success"] + sums["all_fail"])
+    shares = [report.interval(sum(won), len(won)) for won in (before, after)]
+    seconds = sums["seconds_rollouts"] + sums["seconds_update"]
+    return [*shares, f"{gained}, {lost}, {p:.1g}", f"{sums['rollouts']:.0f}", f"{uniform:.0%}",
+            f"{seconds:.0f}"]
+
+def figure(names, seeds):
+    """Success on the held-out contexts against rollouts, a line per experiment and seed: -> the file."""
+    curves = []
+    for number, name in enumerate(names):
+        for seed in seeds:
+            colour, label = seed, f"seed {seed}"
+            if len(names) > 1:
+                colour, label = number, "" if seed != seeds[0] else name
+            metrics = read_csv(RESULTS / name / f"metrics_{seed}.csv")
+            curves.append(curve_of(label, f"o-C{colour}", metrics))
+    path = RESULTS / names[0] / f"{'_'.join(['curve', *names[1:]])}.png"
+    plot_curves(path, {SUCCESS: curves})
+    return path
+
+def experiments(names, seeds):
+    """Run what is missing of some experiments; print their table and draw their figure."""
+    for name in names:
+        for seed in seeds:
+            run(name, seed)
+    table(names, seeds)
+    print(figure(names, seeds))
+
+# -------------------------------------------------------------------------------- other evaluations, controls
+def outcomes(policy, suite, out, *arguments):
+    """The outcomes, bool, of a saved policy in the held-out contexts of a suite, in order."""
+    # What ript.py prints would interrupt the table.
+    run_once(out, "ript.py", "--eval", "--suite", suite, "--checkpoint", policy, *arguments, quiet=True)
+    found = json.loads((out / "evaluation_success.json").read_text())
+    return [bool(won) for _, won in sorted(found.items())]
+
+def share_of(won):
+    """The share of successes, with its interval."""
+    return report.interval(sum(won), len(won))
+
+def senses(name, seeds):
+    """Success of an experiment's policies in each of its SENSES."""
+    runs = {seed: run(name, seed) for seed in seeds}
+    print_header("seed", "", *SENSES[name])
+    rows = []
+    for seed in seeds:
+        for stage, folder in dict(SFT="sft", RIPT="last").items():
+            cells = {}
+            for number, (title, words) in enumerate(SENSES[name].items()):
+                suite, *more = words.split()
+                out = HOME / f"senses/{name}_{seed}_{stage}_{number}"
+                cells[title] = share_of(outcomes(runs[seed] / folder, suite, out, *more))
+            rows.append(dict(seed=seed, stage=stage, **cells))
+            print_row(*rows[-1].values())
+    write_csv(RESULTS / f"senses/{name}.csv", rows)
+
+def imitation(seeds):
+    """The start, RIPT, and three kinds of more imitation, in fresh contexts."""
+    rows = []
+    for seed in seeds:
+        base = run("tabletop", seed)
+        policies = {"start (SFT)": base / "sft", "RIPT": base / "last"}
+        for number, (name, settings) in enumerate(IMITATION.items()):
+            out = HOME / f"imitation/{number}_{seed}"
+            policies[name] = run_once(out, "scripts/sft.py", "--seed", seed, *settings.split())
+        won = {}
+        for number, (name, policy) in enumerate(policies.items()):
+            out = HOME / f"imitation/eval_{number}_{seed}"
+            won[name] = outcomes(policy, f"{TABLETOP_SUITES}:Fresh", out, "--eval_contexts", 100)
+        for name, found in won.items():
+            gained, lost, p = report.mcnemar(found, won["RIPT"])
+            rows.append(dict(seed=seed, policy=name, success=share_of(found), ript_gains=gained,
+                             ript_loses=lost, p=f"{p:.1g}"))
+            print_row(*rows[-1].values())
+    write_csv(RESULTS / "imitation/table.csv", rows)
+
+def offsets(seeds):
+    """The pretrained policy and the start of the first seed under each offset."""
+    rows = []
+    for kind in tabletop_suites.OFFSETS:
+        name = kind.__name__
+        suite = f"{TABLETOP_SUITES}:{name}"
+        start = run_once(HOME / f"offsets/{name}", "scripts/sft.py", "--suite", suite, "--seed", seeds[0])
+        cells = {}
+        for title, policy in {"pretrained": PRETRAINED, "start (SFT)": start}.items():
+            out = HOME / f"offsets/{name}_{title.split()[0]}"
+            cells[title] = share_of(outcomes(policy, suite, out))
+        x, y = kind.SLIP[:2]
+        rows.append(dict(x=x, y=y, **cells))
+        print_row(*rows[-1].values())
+    write_csv(RESULTS / "offsets/table.csv", rows)
+
+# ------------------------------------------------------------------------- several steps on the same rollouts
+def passes(seeds):
+    """One update of N passes from the start, on the same rollouts: how far the policy moves."""
+    rows = []
+    for seed in seeds:
+        start = run("tabletop", seed) / "sft"
+        words = ["--seed", seed, "--checkpoint", start, "--out", HOME / "ppo_epochs"]
+        cfg = ript.parse_config([str(word) for word in words])
+        rows += passes_of(cfg)
+    write_csv(RESULTS / "passes/table.csv", rows)
+
+def passes_of(cfg):
+    """The rows of one seed: one for each of STEPS and each number of passes."""
+    contexts = ript.evaluation_contexts(cfg)
+    rows = []
+    with ript.open_simulators(cfg) as simulators:
+        start = Tiny.load(cfg)
+        context_of = partial(ript.training_context, cfg=cfg)
+        episodes, _ = ript.collect(start, simulators, context_of, ript.TrainState(), cfg)
+        for change in STEPS:
+            for number in PASSES:
+                changed = replace(cfg, **change, ppo_epochs=number)
+                policy = updated(episodes, changed)
+                success = ript.evaluate(policy, simulators, contexts, changed, "ppo_epochs")
+                share = report.interval(round(success * len(contexts)), len(contexts))
+                row = dict(seed=cfg.seed, lr=changed.lr, clip=changed.clip, momentum=changed.momentum,
+                           ppo_epochs=number, success=share)
+                rows.append(row | moved(start, policy, episodes))
+                print_row(*rows[-1].values())
+    return rows
+
+def updated(episodes, cfg):
+    """The policy of cfg.checkpoint after an update."""
+    policy = Tiny.load(cfg)
+    optimizer = torch.optim.AdamW(policy.parameter_groups(), cfg.lr, (cfg.adam_beta1, 0.999))
+    ript.update(policy, optimizer, episodes, cfg, ript.TrainState())
+    return policy
+
+def moved(start, policy, episodes):
+    """How far a policy is from start on recorded rollouts: KL, and the share of ratios off 1 by over 0.1."""
+    chunks = ript.make_micro_batches(episodes, range(len(episodes)), 256)
+    mask, old, _ = ript.compute_old_log_probs(start, episodes, chunks)
+    _, new, _ = ript.compute_old_log_probs(policy, episodes, chunks)
+    log_ratio = (new - old)[mask]
+    ratio = log_ratio.exp()
+    kl = (ratio - 1 - log_ratio).mean().item()
+    outside = ((ratio - 1).abs() > 0.1).float().mean().item()
+    return dict(approx_kl=round(kl, 4), outside_the_clip=round(outside, 2))
+
+# ---------------------------------------------------------------------------------------------------- the GIF
+def gif(seeds):
+    """docs/tabletop.gif: of each task, the first context in which the first seed's SFT policy fails."""
+    base = run("tabletop", seeds[0])
+    cfg = ript.load_config(base)
+    failed = json.loads((base / "evaluation_SFT.json").read_text())
+    simulator = ript.load_suite(cfg.suite)(cfg.image_size, cfg.collision)
+    pictures = []
+    for task in (0, 1):
+        context = next(context for context in ript.evaluation_contexts(cfg)
+                       if context.task == task and not failed[f"tabletop {task} {context.seed}"])
+        clips = []
+        for title, folder in {"SFT, one demonstration": "sft", "after RIPT": "last"}.items():
+            policy = Tiny.load(replace(cfg, checkpoint=str(base / folder)))
+            clips.append([titled(frame, title) for frame in report.film(policy, simulator, context)])
+        number = max(len(clip) for clip in clips)
+        for t in range(0, number, 2):
+            pictures.append(np.concatenate([clip[min(t, len(clip) - 1)] for clip in clips], 1))
+        # The end stays a while.
+        pictures += 6 * pictures[-1:]
+    simulator.env.close()
+    images = [Image.fromarray(picture).quantize(96) for picture in pictures]
+    images[0].save(ROOT / "docs/tabletop.gif", save_all=True, append_images=images[1:], duration=110, loop=0)
+
+def titled(frame, title):
+    """A picture of 208 x 208 pixels with a title."""
+    image = Image.fromarray(frame).resize((208, 208))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((0, 0, 208, 14), fill=(0, 0, 0))
+    draw.text((4, 2), title, fill=(255, 255, 255))
+    return np.asarray(image)
+
+COMMANDS = dict(imitation=imitation, offsets=offsets, passes=passes, gif=gif)
+
+def main(argv=None):
+    """Run experiments, or one of the further commands."""
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    given = parser.parse_args(argv)
+    names = given.names
+    if names[:1] == ["senses"]:
+        ript.require(len(names) == 2 and names[1] in SENSES, f"senses is of one of {', '.join(SENSES)}")
+        return senses(names[1], given.seeds)
+    if len(names) == 1 and names[0] in COMMANDS:
+        return COMMANDS[names[0]](given.seeds)
+    known = bool(names) and set(names) <= set(EXPERIMENTS)
+    ript.require(known, f"say which experiments, of {', '.join(EXPERIMENTS)}; or one of senses NAME, "
+                 f"{', '.join(COMMANDS)}")
+    experiments(names, given.seeds)
+
+if __name__ == "__main__":
+    ript.run_command(main)

@@ -1,0 +1,87 @@
+"""What the experiments share: running a script once, CSV files, and curves against rollouts."""
+import asyncio
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import ript
+from scripts.report import write_csv
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = ROOT / "runs"
+RESULTS = ROOT / "docs/results"  # what a run leaves for the repository: a folder for each experiment
+PRETRAINED = ROOT / "policies/tabletop"  # the laptop's policy after stage 1
+SUCCESS = "success on held-out contexts, %"
+
+def run_once(out: Path, script: str, *arguments, quiet: bool = False) -> Path:
+    """Run a script of this repository with `--out out`, unless it has finished there before: -> out.
+
+    The file out/done is the mark of that. It has the peak memory of the script's process in GB."""
+    if (out / "done").exists():
+        return out
+    # A run that was interrupted goes on after its last complete iteration.
+    place = "--resume" if (out / "run.pt").exists() else "--out"
+    command = [str(word) for word in (sys.executable, ROOT / script, *arguments, place, out)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL if quiet else None)
+    _, status, usage = os.wait4(process.pid, 0)
+    ript.require(status == 0, f"this failed: {' '.join(command)}")
+    (out / "done").write_text(f"{usage.ru_maxrss / 2 ** 20:.3f}\n")  # Linux counts in KiB
+    return out
+
+def memory_gb(out: Path) -> float:
+    """The peak memory of the process that run_once ran for this directory."""
+    return float((out / "done").read_text())
+
+def ask(simulators: list[ript.Simulator], method: str, arguments: list[tuple]) -> list:
+    """The answers of simulators to a method of the suite, which all of them work on at once."""
+    async def answers():
+        calls = [simulator.call(method, *words) for simulator, words in zip(simulators, arguments)]
+        return await asyncio.gather(*calls)
+    return asyncio.run(answers())
+
+def read_csv(path: Path) -> list[dict]:
+    """The rows of a CSV file, without their empty cells."""
+    with open(path, newline="") as file:
+        return [{name: value for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
+
+def print_row(*cells) -> None:
+    """Print a line of a table in Markdown."""
+    print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
+
+def print_header(*names) -> None:
+    """Print the first two lines of a table in Markdown."""
+    print_row(*names)
+    print("|---" * len(names) + "|", flush=True)
+
+class Curve(NamedTuple):
+    """One line of a figure."""
+    label: str  # in the legend; an empty one is left out
+    style: str  # of matplotlib: marker, line and colour, as in "o-C0"
+    points: list[tuple[float, float]]  # rollouts so far, and what the panel shows
+
+def curve_of(label: str, style: str, metrics: list[dict], name: str = "eval_success", scale: float = 100):
+    """The Curve of a run from its metrics, a row per iteration: one of them against the rollouts so far."""
+    rollouts = 0
+    points = []
+    for row in metrics:
+        rollouts += int(row.get("rollouts", 0))
+        if name in row:
+            points.append((rollouts, scale * float(row[name])))
+    return Curve(label, style, points)
+
+def plot_curves(path: Path, panels: dict[str, list[Curve]]) -> None:
+    """Draw panels beside each other, each a list of curves against rollouts, by what they show."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7 if len(panels) == 1 else 5.5 * len(panels), 4), layout="constrained")
+    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for curve in curves:
+            axes.plot(*zip(*curve.points), curve.style, label=curve.label or None)
+        axes.set(xlabel="rollouts", ylabel=title)
+        if title == SUCCESS:
+            axes.set_ylim(0, 103)
+        axes.legend()
+    with ript.writing(path) as temporary:
+        figure.savefig(temporary, dpi=110)

@@ -1,0 +1,118 @@
+"""Strict readers of checkpoints, local or on the hub: unknown or missing tensors are errors.
+
+Nothing that was downloaded is executed. Errors are of any kind; ript.reading makes one sentence of them.
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from ript import RENAMED, reading, require
+
+def fetch(path) -> Path:
+    """A local path as it is; OWNER/NAME or OWNER/NAME/PATH in the Hugging Face hub, downloaded."""
+    path = Path(path)
+    if (path / "run.pt").exists():
+        raise ValueError("it is a run, its policies are in last/ and best/")
+    if path.exists():
+        return path
+    if path.is_absolute() or len(path.parts) < 2:
+        raise FileNotFoundError("no such file or directory")
+    repository = "/".join(path.parts[:2])
+    inside = "/".join(path.parts[2:])
+    wanted = [inside, f"{inside}/*"] if inside else ["*.json", "*.safetensors", "*_checkpoint.pt"]
+    try:
+        from huggingface_hub import snapshot_download
+        # The adapters in the release's own lora_adapter are merged into its weights already.
+        root = snapshot_download(repository, allow_patterns=wanted, ignore_patterns="lora_adapter/*")
+    except Exception as error:  # the hub has many kinds
+        raise FileNotFoundError(f"no such file or directory, and nothing from the hub: {error}")
+    return Path(root, inside)
+
+def read_json(path):
+    """The content of a JSON file."""
+    return json.loads(path.read_text())
+
+def weights_of(module):
+    """The weights of a module, to be written."""
+    return {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+
+def read_weights(path):
+    """What torch.save wrote to a file, if it is tensors and no code."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+def bare(weights):
+    """Weights in float32, without the "module." of DistributedDataParallel before their names."""
+    return {name.removeprefix("module."): value.float() for name, value in weights.items()}
+
+def fill(path, **modules):
+    """Fill modules from a file that has the weights of each by its name."""
+    saved = read_weights(path)
+    for name, module in modules.items():
+        module.load_state_dict(bare(saved[name]))
+
+def read_index(path):
+    """The shards that an index names. Others in its directory do not count."""
+    return sorted({path.with_name(name) for name in read_json(path)["weight_map"].values()})
+
+def read_base(folder):
+    """Yield names and tensors of a released checkpoint, file by file: the 7B is 15 GB, its largest file 7."""
+    parts = sorted(folder.glob("*--*_checkpoint.pt"))
+    names = [file.name.split("--")[0] for file in parts]
+    require(names == ["action_head", "proprio_projector"],
+            f"cannot read {folder}: it must have one action_head--*_checkpoint.pt and one proprio_projector--"
+            f"*_checkpoint.pt, it has {', '.join(file.name for file in parts) or 'none'}")
+    index = folder / "model.safetensors.index.json"
+    shards = [folder / "model.safetensors"]
+    if index.exists():
+        with reading(index):
+            shards = read_index(index)
+    for file in shards:
+        with reading(file):
+            weights = load_file(file)
+        yield from weights.items()
+    for part, file in zip(names, parts):
+        with reading(file):
+            weights = bare(read_weights(file))
+        for name, value in weights.items():
+            yield f"{part}.{name}", value
+
+def check_trained_with(origin, wanted, folder):
+    """Raise UserError where a saved policy was made under other settings than it is wanted for.
+
+    Both are of settings_of; origin is empty for files that others have made, which do not say."""
+    for name, value in origin.items():
+        # A suite of the user's own may be a variation of the one that the policy is for.
+        own = name == "suite" and ":" in value + wanted[name]
+        require(value == wanted[name] or own,
+                f"the policy in {folder} is made for --{RENAMED.get(name, name)} {value}, not {wanted[name]}")
+
+def check_statistics(statistics, sizes=None):
+    """Raise an error unless there are bounds q01 and q99 of "action" and of "proprio".
+
+    sizes: how many numbers each must have, by kind; without it, q99 must have as many as q01."""
+    for kind in ("action", "proprio"):
+        size = sizes[kind] if sizes else len(statistics[kind]["q01"])
+        for bound in ("q01", "q99"):
+            numbers = np.array(statistics[kind][bound], dtype=float)
+            if numbers.shape != (size,) or not np.isfinite(numbers).all():
+                raise ValueError(f"{bound} of {kind} must be {size} numbers")
+
+def read_statistics(path, suite):
+    """The statistics of a suite in a dataset_statistics.json."""
+    statistics = read_json(path)
+    name = suite if suite in statistics else f"{suite}_no_noops"
+    if name not in statistics:
+        raise ValueError(f"it is for {', '.join(statistics)}, not {suite!r}")
+    check_statistics(statistics[name], dict(action=7, proprio=8))
+    return statistics[name]
+
+def read_tokenizer(path):
+    """Llama's tokenizer, from a tokenizer.json."""
+    from transformers import PreTrainedTokenizerFast
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), pad_token="<PAD>")
+    if tokenizer.convert_tokens_to_ids(["<s>", "</s>"]) != [1, 2]:
+        raise ValueError("it is not Llama's")
+    return tokenizer

@@ -1,0 +1,184 @@
+"""The claims of experiments/, at toy size: every one is accepted, and the suites are what they say."""
+import subprocess
+import sys
+
+import ript  # before torch is: it says how OpenMP's threads wait
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import ablations, bandit, common, libero_suites, tabletop_suites
+from ript import Context, Episode, load_suite
+from tests.conftest import (PRETRAINED, TASKS, config, demo_config, libero_or_skip, pretrained,
+                            random_observations)
+
+
+# ------------------------------------------------------------------------------------------ the shared runner
+SCRIPT = """
+import sys
+from pathlib import Path
+place, out = sys.argv[-2:]
+Path(out).mkdir(exist_ok=True)
+Path(out, "log").open("a").write(f"{place} {' '.join(sys.argv[1:-2])}\\n")
+Path(out, "run.pt").touch()
+sys.exit(int(sys.argv[1]))
+"""
+
+
+def test_a_script_runs_once_and_goes_on_where_it_was_interrupted(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    out = tmp_path / "out"
+    with pytest.raises(ript.UserError, match="this failed: .*script.py 1 a"):
+        common.run_once(out, script, 1, "a")
+    assert not (out / "done").exists()
+    assert common.run_once(out, script, 0, "b") == out
+    common.run_once(out, script, 0, "c")
+    assert (out / "log").read_text() == "--out 1 a\n--resume 0 b\n"
+    assert 0 < common.memory_gb(out) < 10
+
+
+def test_a_curve_is_success_against_the_rollouts_so_far(tmp_path):
+    metrics = [dict(iteration=0, eval_success=0.2), dict(iteration=1, rollouts=96),
+               dict(iteration=2, rollouts=104, eval_success=0.5)]
+    common.write_csv(tmp_path / "metrics.csv", metrics)
+    for rows in (metrics, common.read_csv(tmp_path / "metrics.csv")):
+        assert common.curve_of("a", "o-C0", rows).points == [(0, 20), (200, 50)]
+    curve = common.curve_of("a", "o-C0", metrics)
+    common.plot_curves(tmp_path / "new/curve.png", {common.SUCCESS: [curve], "another": [curve]})
+    assert (tmp_path / "new/curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---------------------------------------------------------------------------------------------- the ablations
+def test_every_experiment_is_a_run_that_ript_accepts(tmp_path):
+    for name, (shared, stage_2, stage_3) in ablations.EXPERIMENTS.items():
+        if name == "libero":  # and those below it
+            libero_or_skip()
+        ript.check(demo_config(*shared.split(), *stage_2.split(), "--out", tmp_path))
+        ript.check(config(*shared.split(), *stage_3.split(), "--out", tmp_path))
+
+
+def test_table_and_figure_are_of_the_csv_files_and_a_wrong_name_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablations, "RESULTS", tmp_path)
+    for seed in (0, 1):
+        before, after = [1, 0, 0, 0], [1, 1, 1, seed]
+        contexts = [dict(task=0, SFT=one, RIPT=other) for one, other in zip(before, after)]
+        common.write_csv(tmp_path / f"k4/evaluation_{seed}.csv", contexts)
+        metrics = [dict(iteration=0, eval_success=0.25),
+                   dict(iteration=1, rollouts=40, kept=6, all_success=1, all_fail=3, seconds_rollouts=2,
+                        seconds_update=1, eval_success=0.75 + seed / 4)]
+        common.write_csv(tmp_path / f"k4/metrics_{seed}.csv", metrics)
+    ablations.table(["k4"], [0, 1])
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[2].startswith("| k4 | 0 | 1/4 25% [") and rows[2].endswith(" | 2, 0, 0.5 | 40 | 40% | 3 |")
+    assert ablations.figure(["k4"], [0, 1]) == tmp_path / "k4/curve.png"
+    with pytest.raises(ript.UserError, match="tabletop, long, .*imitation, offsets, passes, gif"):
+        ablations.main([])
+    with pytest.raises(ript.UserError, match="senses is of one of tabletop, one_scene"):
+        ablations.main(["senses", "k4"])
+
+
+def test_the_controls_are_suites_with_the_offsets_and_seeds_that_they_say():
+    file = tabletop_suites.__file__
+    assert len(tabletop_suites.OFFSETS) == 8 == len({kind.SLIP for kind in tabletop_suites.OFFSETS})
+    for kind in tabletop_suites.OFFSETS:
+        suite = load_suite(f"{file}:{kind.__name__}")
+        assert suite.SLIP == kind.SLIP and suite.IMITATION == load_suite("tabletop").IMITATION
+    assert tabletop_suites.Slip14.SLIP == load_suite("tabletop").SLIP
+    simulators = load_suite(f"{file}:Fresh")(64, True), load_suite("tabletop")(64, True)
+    places = []
+    for simulator, seed in zip(simulators, (7, 157)):
+        simulator.reset(Context(0, TASKS[0], seed))
+        places.append(simulator.cube().copy())
+        simulator.env.close()
+    assert (places[0] == places[1]).all()
+
+
+@pytest.fixture(scope="module")
+def random_episodes():
+    """8 groups of 8 with a query each, whose success is chance: what they teach does not matter here."""
+    generators = [np.random.default_rng(i) for i in range(64)]
+    chunks = pretrained().act(random_observations(64), TASKS * 32, generators)
+    episodes = []
+    for number, chunk in enumerate(chunks):
+        context = Context(number % 2, TASKS[number % 2], number)
+        seed_key = 0, 0, number // 8, number % 8
+        success = bool(np.random.default_rng(number).random() < 0.5)
+        episodes.append(Episode(context, number // 8, seed_key, [chunk], [8], success))
+    return episodes
+
+
+def test_with_the_clip_a_second_pass_takes_back_much_of_the_first_and_without_it_adds_to_it(random_episodes):
+    def kl(passes, clip):
+        cfg = config("--checkpoint", PRETRAINED, "--ppo_epochs", passes, "--clip_coef", clip)
+        policy = ablations.updated(random_episodes, cfg)
+        return ablations.moved(pretrained(), policy, random_episodes)["approx_kl"]
+
+    assert kl(2, 0.1) < 0.7 * kl(1, 0.1) and kl(2, 1e6) > 2 * kl(1, 0.1)
+
+
+def test_where_a_step_leaves_the_clip_the_next_gradient_points_back(random_episodes):
+    rewards = ript.rewards_of([random_episodes]).view(8, 8)
+    advantage = ript.leave_one_out_advantage(rewards).flatten()
+    chunks = [episode.chunks[0] for episode in random_episodes]
+    start = pretrained()
+    old = start.log_prob(chunks).detach()
+
+    def gradient(policy, clip):
+        log_prob = policy.log_prob(chunks)
+        weight = ript.loss_weight(torch.ones(old.shape, dtype=torch.bool))
+        loss, _ = ript.ppo_clip_loss(log_prob, old, advantage, weight, clip)
+        policy.zero_grad()
+        loss.backward()
+        return torch.nn.utils.parameters_to_vector([p.grad for p in policy.parameter_groups()[0]["params"]])
+
+    first = gradient(start, 0.1)
+    for lr, with_clip, without in ((2e-4, (-1, -0.5), (0, 1)), (1e-5, (0.9, 1), (0.9, 1))):
+        policy = pretrained()
+        gradient(policy, 0.1)
+        torch.optim.AdamW(policy.parameter_groups(), lr, (0.0, 0.999)).step()
+        for clip, (low, high) in ((0.1, with_clip), (1e6, without)):
+            assert low < torch.cosine_similarity(first, gradient(policy, clip), 0) < high
+
+
+def test_in_one_scene_the_instruction_decides_what_succeeds():
+    libero_or_skip()
+    file = libero_suites.__file__
+    suite = load_suite(f"{file}:OneScene")
+    assert load_suite(f"{file}:OneSceneMisled").INSTRUCTIONS == suite.INSTRUCTIONS[::-1]
+    assert all((a == b).all() for a, b in zip(suite.eval_init_states(0, 50), suite.eval_init_states(1, 50)))
+    simulator = suite(64, True)
+    places = []
+    for task, text in enumerate(suite.INSTRUCTIONS):
+        thing = suite.THINGS[task]
+        assert thing.removesuffix("_1").replace("_", " ") in text
+        assert simulator.demonstrate(Context(task, text, 5)).success
+        data, numbers = simulator.env.sim.data, simulator.env.obj_body_id
+        assert np.abs(data.body_xpos[numbers[thing]] - data.body_xpos[numbers["basket_1"]])[:2].max() < 0.1
+        simulator.make_env(1 - task)
+        assert not simulator.success()
+        simulator.reset(Context(task, text, 5))
+        places.append(data.qpos.copy())
+    assert (places[0] == places[1]).all()
+    simulator.env.close()
+
+
+# ---------------------------------------------------------------------------------------- the bandit, the GPU
+def test_the_bandit_learns_and_with_the_sign_flipped_it_does_not():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    levels = {1: [], -1: []}
+    for sign, found in levels.items():
+        for seed in range(3):
+            end = bandit.learn(seed, sign=sign)[-3:]
+            found.append(np.mean([row["success"] for row in end]))
+    torch.set_num_threads(threads)
+    assert min(levels[1]) > 0.70 and max(levels[-1]) < 0.35
+
+
+def test_every_row_of_the_gpu_benchmark_runs_with_a_small_policy_on_a_cpu():
+    command = [sys.executable, common.ROOT / "experiments/gpu.py", "--tiny"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAILED" not in done.stdout and done.stdout.count("\n") > 20
