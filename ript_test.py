@@ -71,7 +71,6 @@ class ToyPolicy(ript.LaplacePolicy):
     @classmethod
     def load(cls, cfg):
         policy = cls()
-        policy.scale_multiplier = cfg.scale_multiplier
         if cfg.checkpoint:
             policy.load_state_dict(torch.load(Path(cfg.checkpoint, "policy.pt"), weights_only=True))
         return policy
@@ -441,6 +440,14 @@ def test_the_rollouts_of_a_group_share_their_scene_and_nothing_else(simulators):
         assert len({episode.chunks[0]["sample"].tobytes() for episode in group}) == 4
 
 
+def test_no_two_rollouts_of_a_run_explore_alike(simulators):
+    first = []
+    for iteration, seed in ((0, 0), (1, 0), (0, 1)):
+        episodes, _, _ = collected(simulators, state=ript.TrainState(iteration), groups=2, seed=seed)
+        first += [chunk["sample"].tobytes() for episode in episodes for chunk in episode.chunks]
+    assert len(first) > 24 and len(set(first)) == len(first)
+
+
 def test_training_contexts_take_the_tasks_in_turn_and_no_seed_of_another_run_or_of_evaluation():
     contexts = [ript.training_context(n, toy_config(seed=s)) for s in (0, 1) for n in (0, 1, 7)]
     assert [context.task for context in contexts] == [0, 1, 1] * 2
@@ -721,7 +728,20 @@ def test_what_is_not_finite_stops_the_run_before_the_step(monkeypatch):
         updated(policy, episodes)
 
 
-# ----------------------------------------------------------------------------------------------- whole runs
+# ---------------------------------------------------------------------------------- evaluation and whole runs
+def test_an_evaluation_acts_with_the_mean(simulators, tmp_path):
+    seen = []
+
+    class Watched(ToyPolicy):
+        def act(self, observations, instructions, generators):
+            seen.extend(generators)
+            return super().act(observations, instructions, generators)
+
+    cfg = toy_config(out=tmp_path, eval_contexts=2)
+    ript.evaluate(Watched(), simulators, ript.evaluation_contexts(cfg), cfg, "mean")
+    assert len(seen) == 4 * 3 and set(seen) == {None}
+
+
 def launch(*command, timeout=300):
     """A command, which must succeed: what it printed."""
     command = [sys.executable, *map(str, command)]
@@ -766,10 +786,9 @@ def test_a_run_prints_a_line_per_iteration_and_writes_metrics_checkpoints_and_ou
     assert len(outcomes) == 20 and sum(outcomes.values()) / 20 == rows_of(out)[-1]["eval_success"]
 
 
-def test_what_a_run_saves_is_what_it_has_evaluated_by_its_mean_action(finished, tmp_path):
+def test_what_a_run_saves_is_what_it_has_evaluated(finished, tmp_path):
     run, out = finished[0], tmp_path / "evaluation"
-    # A wide density would fail, if an evaluation explored.
-    ript.main(arguments(checkpoint=run / "last", out=out, workers=1, scale_multiplier=5) + ["--eval"])
+    ript.main(arguments(checkpoint=run / "last", out=out, workers=1) + ["--eval"])
     evaluated, ended = out / "evaluation_success.json", run / "evaluation_RIPT.json"
     assert json.loads(evaluated.read_text()) == json.loads(ended.read_text())
 
