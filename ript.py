@@ -298,10 +298,10 @@ class Actor:
             # The rollouts answered here send their actions before the next forward.
             loop.call_soon(self.answer, 0)
         instructions = [episode.context.instruction for episode in episodes]
-        # Seeded per query, so batching does not change the noise.
-        generators = [None if episode.deterministic else
-                      np.random.default_rng((*episode.seed_key, len(episode.chunks))) for episode in episodes]
         try:
+            # Seeded per query, so batching does not change the noise.
+            generators = [None if e.deterministic else np.random.default_rng((*e.seed_key, len(e.chunks)))
+                          for e in episodes]
             chunks = self.policy.act(observations, instructions, generators)
         except Exception as error:
             return futures[0].set_exception(error)  # which ends all rollouts
@@ -898,7 +898,7 @@ def evaluate(policy: nn.Module, simulators: Simulators, contexts: list[Context],
     episodes = [Episode(context, deterministic=True) for context in contexts[RANK::WORLD]]
     rollouts = simulators.run_episodes(rollout, episodes, Actor(policy, cfg.act_batch))
     simulators.run([rollouts], [episodes], f"evaluation {name}")
-    mine = {f"{cfg.suite} {e.context.task} {e.context.seed}": e.success for e in episodes}
+    mine = {f"{cfg.suite} {e.context.task} {e.context.seed}": int(e.success) for e in episodes}
     outcomes = dict(sorted(all_reduce_sum(mine).items()))  # 1 for a success
     if RANK == 0:
         with writing(Path(cfg.out, f"evaluation_{name}.json")) as file:

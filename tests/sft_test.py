@@ -118,7 +118,7 @@ def test_the_7bs_scale_head_is_fitted_alone_and_saved_in_the_released_form(no_si
     # Pictures of this size are read from the file. Its states, which are none of the task's, are not drawn.
     arguments = ["--model", "openvla-oft", "--suite", "libero_10", "--task", "2", "--demos", str(tmp_path),
                  "--image_size", "128", "--workers", "1"]
-    sft.main([*arguments, "--checkpoint", str(GOLDEN / "tiny_oft"), "--scale_steps", "20",
+    sft.main([*arguments, "--checkpoint", str(GOLDEN / "tiny_oft"), "--scale_steps", "10",
               "--out", str(tmp_path / "sft")])
     fitted = torch.load(tmp_path / "sft/scale_header.pth", weights_only=True)
     released = torch.load(GOLDEN / SCALE, weights_only=True)
