@@ -151,8 +151,9 @@ def parse_config(argv: list[str], settings: type[Config] = Config, stage: str = 
     parser.error = partial(require, False)  # argparse's complaints become UserErrors
     for option in fields(settings):
         parser.add_argument("--" + option.name, **option.metadata["words"])
-    for old, new in RENAMED.items():
-        require(f"--{old}" not in argv, f"--{old} is called --{new} now")
+    for word in argv:
+        old = word.split("=")[0].removeprefix("--")
+        require(word[:2] != "--" or old not in RENAMED, f"--{old} is called --{RENAMED.get(old)} now")
     given = vars(parser.parse_args(argv))
     saved = vars(load_config(given["resume"], settings)) if given.get("resume") else {}
     chosen = dict(model=settings.model, suite=settings.suite) | saved | given
@@ -179,7 +180,8 @@ def load_config(directory: str | Path, settings: type[Config] = Config) -> Confi
     with reading(path):
         saved = json.loads(path.read_text())
         unknown = saved.keys() - {option.name for option in fields(settings)}
-        require(not unknown, f"it is of another version of ript.py, which had {', '.join(sorted(unknown))}")
+        require(not unknown, f"{path} has settings that are not of this version of ript.py "
+                f"({', '.join(sorted(unknown))}): start a new run")
         return settings(**saved)
 
 # --------------------------------------------------------------------------------------- 2. The algorithm
@@ -413,6 +415,7 @@ def update(policy: nn.Module, optimizer, episodes: list[Episode], cfg: Config, s
         optimizer.zero_grad()  # now, so that gradients take no memory during the next rollouts
         logs.append(log)
         progress.step(len(minibatches), f"clip_frac {log['clip_frac']:.3f}, approx_kl {log['approx_kl']:.5f}")
+    progress.bar.close()
     means = {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
     return means | dict(updates=len(logs), seconds_update=time.time() - began,
                         ratio_error=max(all_gather((gap.exp() - 1).abs().max().item())),
@@ -753,6 +756,7 @@ class Simulators:
             asyncio.run(together())
         finally:
             torch.set_num_threads(threads)
+            self.progress.bar.close()
 
     async def run_episodes(self, rollout, episodes: list[Episode], *arguments):
         """Await rollout(simulator, episode, *arguments, horizon) for each episode."""
@@ -911,6 +915,8 @@ def reading(path: str | Path):
     """Whatever goes wrong within becomes a UserError that names the file."""
     try:
         yield
+    except UserError:  # which has its sentence already
+        raise
     except Exception as error:  # each library has its own for a damaged file
         raise UserError(f"cannot read {path}: {type(error).__name__}: {error}") from error
 
