@@ -379,20 +379,21 @@ def update(policy: nn.Module, optimizer, episodes: list[Episode], cfg: Config, s
     rng = np.random.default_rng([cfg.seed, state.iteration])
     # A minibatch is cfg.minibatch episodes of all processes. Each takes as many steps as the others.
     steps = max(all_gather(math.ceil(len(episodes) * WORLD / cfg.minibatch)))
-    minibatches = []
-    for _ in range(cfg.ppo_epochs):
-        minibatches += np.array_split(rng.permutation(len(episodes)), steps)
+    minibatches = np.array_split(rng.permutation(len(episodes)), steps)
     parts = [make_micro_batches(episodes, minibatch, size) for minibatch in minibatches]
-    # In bfloat16 other batches move a log_prob by 0.4. So old ones are of the first pass's micro-batches.
-    first_pass = [part for its_parts in parts[:steps] for part in its_parts]
-    mask, old, recorded = compute_old_log_probs(policy, episodes, first_pass)  # E Q H each
+    # In bfloat16 other batches move a log_prob by up to 0.4. So the first pass's batches are those of all
+    # passes, and later ones change their order: old and new log_probs are of one function.
+    order = list(range(steps))
+    for _ in range(1, cfg.ppo_epochs):
+        order += rng.permutation(steps).tolist()
+    mask, old, recorded = compute_old_log_probs(policy, episodes, sum(parts, []))  # E Q H each
     advantage = leave_one_out_advantage(rewards_of([episodes]).view(-1, cfg.rollouts)).flatten()  # E
     # How far off the log-probabilities are that act has recorded: with its batches it runs other kernels.
     gap = (recorded - old)[mask] if episodes else torch.zeros(1)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     logs = []
     progress = Progress(f"update of iteration {state.iteration + 1}")
-    for minibatch, its_parts in zip(minibatches, parts):
+    for minibatch, its_parts in [(minibatches[i], parts[i]) for i in order]:
         # The loss is a mean over the episodes, or steps, of all processes: their weights sum to 1.
         counted = mask[minibatch]
         mine = len(minibatch) if cfg.loss_per == "episode" else int(counted.sum())
@@ -414,7 +415,7 @@ def update(policy: nn.Module, optimizer, episodes: list[Episode], cfg: Config, s
         optimizer.step()
         optimizer.zero_grad()  # now, so that gradients take no memory during the next rollouts
         logs.append(log)
-        progress.step(len(minibatches), f"clip_frac {log['clip_frac']:.3f}, approx_kl {log['approx_kl']:.5f}")
+        progress.step(len(order), f"clip_frac {log['clip_frac']:.3f}, approx_kl {log['approx_kl']:.5f}")
     progress.bar.close()
     means = {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
     return means | dict(updates=len(logs), seconds_update=time.time() - began,
@@ -1022,6 +1023,7 @@ def main(argv: Optional[list[str]] = None):
         policy = load_policy(cfg.model).load(cfg)
         optimizer = torch.optim.AdamW(policy.parameter_groups(), cfg.lr, (cfg.adam_beta1, 0.999),
                                       fused=cfg.device != "cpu")
+        rates = [group["lr"] for group in optimizer.param_groups]  # cfg.lr, where a group has none of its own
         contexts = evaluation_contexts(cfg)
         if RANK == 0:
             with writing(out / "config.json") as file:
@@ -1038,8 +1040,8 @@ def main(argv: Optional[list[str]] = None):
             log_iteration(state, dict(eval_success=evaluate(policy, simulators, contexts, cfg, "SFT")))
             save_run(out, policy, optimizer, state)
         for iteration in range(state.iteration, cfg.iterations):
-            for group in optimizer.param_groups:
-                group["lr"] = cfg.lr * (1 - cfg.anneal * iteration / cfg.iterations)
+            for group, lr in zip(optimizer.param_groups, rates):
+                group["lr"] = lr * (1 - cfg.anneal * iteration / cfg.iterations)
             context_of = partial(training_context, cfg=cfg)
             episodes, stats = collect(policy, simulators, context_of, state, cfg)  # lines 4-14
             if stats["kept"]:

@@ -679,13 +679,30 @@ class FarFromExact(ToyPolicy):
         return super().log_prob(chunks) + math.sin(1000 * beside)
 
 
+@pytest.mark.parametrize("epochs", [1, 3])
 @pytest.mark.parametrize("micro_batch", [2, 3])
-def test_the_first_ratio_is_exactly_one_whatever_batches_do_to_log_probabilities(micro_batch):
+def test_without_steps_every_ratio_is_exactly_one_whatever_batches_do_to_log_probabilities(micro_batch, epochs):
     policy = FarFromExact()
     stats = updated(policy, made_up_episodes(policy), torch.optim.SGD(policy.parameter_groups(), lr=0.0),
-                    minibatch=4, micro_batch=micro_batch)
+                    minibatch=4, micro_batch=micro_batch, ppo_epochs=epochs)
     # Minibatches are drawn, and their last micro-batches are smaller ones.
-    assert stats["updates"] == 2 and stats["ratio"] == pytest.approx(1, abs=1e-6) and stats["approx_kl"] == 0
+    assert stats["updates"] == 2 * epochs
+    assert stats["ratio"] == pytest.approx(1, abs=1e-6) and stats["approx_kl"] == 0
+
+
+def test_later_passes_change_the_order_of_minibatches_and_nothing_else():
+    seen = []
+
+    class Seen(ToyPolicy):
+        def log_prob(self, chunks):
+            seen.append(tuple(chunk["sample"].tobytes() for chunk in chunks))
+            return super().log_prob(chunks)
+
+    policy = Seen()
+    updated(policy, made_up_episodes(policy), minibatch=1, ppo_epochs=4)
+    passes = [seen[start:start + 6] for start in range(0, len(seen), 6)][1:]  # after the old log_probs
+    assert len(passes) == 4 and all(set(one) == set(passes[0]) for one in passes)
+    assert len({tuple(one) for one in passes}) > 1
 
 
 @pytest.mark.parametrize("minibatch,epochs,steps", [(6, 1, 1), (4, 1, 2), (2, 3, 9)])

@@ -80,9 +80,10 @@ IMITATION = {
     "450 demonstrations, 500 steps, larger lr": "--demos_per_task 450 --sft_steps 500 --sft_lr 2e-4",
 }
 # Of one update each: what differs from the preset, which has no momentum. A clip of 1e6 is none.
-STEPS = (dict(lr=2e-4, clip=0.1), dict(lr=2e-4, clip=0.5), dict(lr=2e-4, clip=1e6), dict(lr=5e-5, clip=0.1),
-         dict(lr=5e-5, clip=1e6), dict(lr=1e-5, clip=0.1), dict(lr=1e-5, clip=1e6),
-         dict(lr=2e-4, clip=0.1, adam_beta1=0.9), dict(lr=2e-4, clip=1e6, adam_beta1=0.9))
+STEPS = (dict(lr=2e-4, clip_coef=0.1), dict(lr=2e-4, clip_coef=0.5), dict(lr=2e-4, clip_coef=1e6),
+         dict(lr=5e-5, clip_coef=0.1), dict(lr=5e-5, clip_coef=1e6), dict(lr=1e-5, clip_coef=0.1),
+         dict(lr=1e-5, clip_coef=1e6), dict(lr=2e-4, clip_coef=0.1, adam_beta1=0.9),
+         dict(lr=2e-4, clip_coef=1e6, adam_beta1=0.9))
 PASSES = (1, 2, 4, 8)
 
 # ------------------------------------------------------------------------------- stages 2 and 3 with settings
@@ -234,8 +235,8 @@ def passes_of(cfg):
                 policy = updated(episodes, changed)
                 success = ript.evaluate(policy, simulators, contexts, changed, "ppo_epochs")
                 share = report.interval(round(success * len(contexts)), len(contexts))
-                row = dict(seed=cfg.seed, lr=changed.lr, clip=changed.clip, momentum=changed.momentum,
-                           ppo_epochs=number, success=share)
+                row = dict(seed=cfg.seed, lr=changed.lr, clip_coef=changed.clip_coef,
+                           adam_beta1=changed.adam_beta1, ppo_epochs=number, success=share)
                 rows.append(row | moved(start, policy, episodes))
                 print_row(*rows[-1].values())
     return rows

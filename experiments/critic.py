@@ -130,15 +130,17 @@ def update(policy, optimizer, episodes, cfg, state):
     began = time.time()
     rng = np.random.default_rng([cfg.seed, state.iteration])
     steps = math.ceil(len(episodes) / cfg.minibatch)
-    passes = [np.array_split(rng.permutation(len(episodes)), steps) for _ in range(cfg.ppo_epochs)]
-    minibatches = sum(passes, [])
+    minibatches = np.array_split(rng.permutation(len(episodes)), steps)
     parts = [ript.make_micro_batches(episodes, m, cfg.micro_batch or policy.micro_batch) for m in minibatches]
-    mask, old, recorded = ript.compute_old_log_probs(policy, episodes, sum(parts[:steps], []))  # E Q H each
+    order = list(range(steps))
+    for _ in range(1, cfg.ppo_epochs):
+        order += rng.permutation(steps).tolist()
+    mask, old, recorded = ript.compute_old_log_probs(policy, episodes, sum(parts, []))  # E Q H each
     advantage = policy.advantages(episodes)  # E Q
     gap = (recorded - old)[mask]
     parameters = optimizer.param_groups[0]["params"]
     logs = []
-    for minibatch, its_parts in zip(minibatches, parts):
+    for minibatch, its_parts in [(minibatches[i], parts[i]) for i in order]:
         counted = mask[minibatch]
         weight = torch.zeros(mask.shape)  # E Q H
         weight[minibatch] = ript.loss_weight(counted.flatten(1), cfg.loss_per).view(counted.shape)

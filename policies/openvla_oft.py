@@ -234,11 +234,11 @@ class OpenVLAOFT(LaplacePolicy):
     def check_attention(self):
         """Raise UserError if a later word does not change an earlier output: LlamaModel takes a 4-D mask as
         it is, which another version of transformers may not do."""
-        llama = self.language_model.model
+        embed = self.language_model.model.embed_tokens
         words = torch.tensor([[1, 2, 3], [1, 2, 4]])  # two sequences that differ in their last word
-        x = llama.embed_tokens(words.to(llama.embed_tokens.weight.device))
+        x = embed(words.to(embed.weight.device))
         mask = torch.ones(2, 1, 3, 3, dtype=torch.bool, device=x.device)
-        one, other = llama(inputs_embeds=x, attention_mask=mask).last_hidden_state[:, 0]
+        one, other = self.decode(x, attention_mask=mask)[:, 0]
         require(not torch.equal(one, other),
                 "attention is causal with this transformers, install requirements.txt's")
 
@@ -271,6 +271,8 @@ class OpenVLAOFT(LaplacePolicy):
         for name, p in self.named_parameters():
             if "lora_" in name:
                 p.data = p.data.float()
+        for module in self.language_model.modules():
+            module.cast_input_dtype_enabled = False  # PEFT's cast to float32, in place of which decode casts
 
     def read_adapter_folder(self, folder):
         """Add the adapters of a directory, which also has both heads."""
@@ -394,6 +396,13 @@ class OpenVLAOFT(LaplacePolicy):
         mask = real[:, None, None].expand(-1, 1, x.shape[1], -1)  # all see all, but no padding
         return x, mask, real.cumsum(-1) - 1
 
+    def decode(self, x, **inputs):
+        """The decoder's final hidden states, (B, L, D). Adapters, kept in float32, compute as the rest does."""
+        # A context of its own for each call: autocast's copies of weights, made without gradient in the first
+        # pass, would have none in the second.
+        with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
+            return self.language_model.model(inputs_embeds=x, **inputs).last_hidden_state
+
     def trains(self, *parts):
         """Whether gradient is wanted of any of these modules."""
         return torch.is_grad_enabled() and any(p.requires_grad for part in parts for p in part.parameters())
@@ -407,7 +416,6 @@ class OpenVLAOFT(LaplacePolicy):
         the first pass has seen them too, so that the result is that of one pass over the whole sequence.
         """
         from transformers import DynamicCache
-        llama = self.language_model.model
         last = self.A * self.chunk + 2  # the space, the zeros, the stop
         whole = self.trains(self.vision_backbone, self.projector, self.proprio_projector)
         once = self.prefix == "exact" and (whole or not self.trains(self.language_model))
@@ -415,12 +423,12 @@ class OpenVLAOFT(LaplacePolicy):
         cache = None if once else DynamicCache()
         with torch.set_grad_enabled(whole):
             x, mask, positions = self.embed(observations, instructions)
-            output = llama(inputs_embeds=x[:, :end], attention_mask=mask[:, :, :end, :end],
-                           position_ids=positions[:, :end], past_key_values=cache, use_cache=not once)
+            hidden = self.decode(x[:, :end], attention_mask=mask[:, :, :end, :end],
+                                 position_ids=positions[:, :end], past_key_values=cache, use_cache=not once)
         if not once:
             if self.prefix == "exact":
                 cache.crop(-last)
-            output = llama(inputs_embeds=x[:, -last:], attention_mask=mask[:, :, -last:],
-                           position_ids=positions[:, -last:], past_key_values=cache)
-        hidden = output.last_hidden_state[:, -last:-2]  # B AH D
+            hidden = self.decode(x[:, -last:], attention_mask=mask[:, :, -last:],
+                                 position_ids=positions[:, -last:], past_key_values=cache)
+        hidden = hidden[:, -last:-2]  # B AH D
         return hidden.unflatten(1, (self.chunk, self.A)).flatten(2)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from policies import checkpoints
 from policies.openvla_oft import OpenVLAOFT
@@ -222,6 +223,33 @@ def test_gradients_agree_with_the_original_and_reach_the_decoders_adapters_and_t
     reached = {name.split(".")[0] for name, p in base.named_parameters() if p.grad is not None}
     assert reached == {"action_head", "scale_head"}
     base.zero_grad()
+
+
+@pytest.mark.parametrize("prefix", ["prompt", "exact"])
+def test_adapters_compute_in_the_decoders_precision_and_their_gradient_is_that_of_float32(oft, prefix):
+    policy, g, texts = oft
+    low = OpenVLAOFT.from_pretrained(GOLDEN / "tiny_oft", "libero_10", GOLDEN / LORA, prefix=prefix,
+                                     dtype=torch.bfloat16)
+    dtypes = []
+    for name, module in low.language_model.model.named_modules():
+        if name.endswith(("lora_A.default", "lora_B.default")):
+            module.register_forward_hook(lambda module, x, y: dtypes.append((x[0].dtype, y.dtype)))
+    gradients = []
+    for model in (low, policy(prefix, True)):
+        model.zero_grad()
+        mean, log_scale = model.predict(original_observations(g), texts)
+        ript.laplace_log_prob(g["fixed_action"], mean, log_scale).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    adapters = sum("lora_" in name for name in gradients[0])
+    # Both passes ask each adapter, and only the second has gradient.
+    assert set(dtypes) == {(torch.bfloat16, torch.bfloat16)} and len(dtypes) == 2 * adapters > 0
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert gradient.dtype == torch.float32
+        # With random weights, a base in bfloat16 turns them by this much, also where adapters are precise.
+        cosine = nn.functional.cosine_similarity(gradient.flatten(), gradients[1][name].flatten(), 0)
+        assert cosine > 0.8, (name, cosine)
 
 
 def recorded_episodes(g, observation, text):
