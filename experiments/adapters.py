@@ -7,8 +7,8 @@
     python experiments/adapters.py train ARM ARGUMENTS    one run of an arm, with ript.py's arguments
 
 The policy is the laptop's as ript.py has the 7B: its base in bfloat16, adapters of rank 32 and both heads in
-float32, two passes of which the second has gradient, and the decoder's adapters and the action head train. All
-arms of a seed begin with the same policy, and their first rollouts are the same.
+float32, two passes of which the second has gradient, and the decoder's adapters and the action head train.
+All arms of a seed begin with the same policy, and their first rollouts are the same.
 """
 import sys
 from pathlib import Path
@@ -21,6 +21,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import ript
 from experiments.common import (RESULTS, RUNS, SUCCESS, curve_of, plot_curves, print_header, print_row,
@@ -57,7 +58,8 @@ class Paper(Adapted):
         """AdamW's parameter groups."""
         adapters = [p for name, p in self.named_parameters() if "lora_" in name and p.requires_grad]
         head = list(self.action_head.parameters())
-        return [dict(params=adapters, lr=1e-4, weight_decay=1e-4), dict(params=head, lr=1e-5, weight_decay=1e-4)]
+        return [dict(params=adapters, lr=1e-4, weight_decay=1e-4),
+                dict(params=head, lr=1e-5, weight_decay=1e-4)]
 
 class Rounded(Adapted):
     """With trained weights that are rounded to bfloat16 after each step, as the release keeps them."""
@@ -73,7 +75,7 @@ class Rounded(Adapted):
                 p.copy_(p.bfloat16())
 
         round_trained()
-        torch.optim.optimizer.register_optimizer_step_post_hook(round_trained)
+        register_optimizer_step_post_hook(round_trained)
         return policy
 
 # Of each arm: what the figure calls it, its policy, and its settings beside the release's.
@@ -88,7 +90,7 @@ ARMS = dict(
     step_slow=("one step of 5e-5", Adapted, f"{ONE_STEP} 5e-5"))
 # Of each experiment: its suite, its arms and its seeds.
 EXPERIMENTS = dict(
-    adapters=("--suite tabletop", tuple(ARMS), (0, 1, 2)),
+    adapters=("--suite tabletop", ("release", "paper", "slow", "rounded", "wide", "step"), (0, 1, 2)),
     adapters_libero=("--suite libero_object --task 0", ("release", "wide", "step_slow"), (0, 1)))
 STEPS = "release", "paper", "slow", "wide", "step"
 
