@@ -821,7 +821,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path):
 
 
 # Where nothing is replaced, the groups are the same for any number of processes.
-SHARED = dict(groups=6, max_rejected=0, iterations=2, eval_contexts=4, workers=1)
+SHARED = dict(groups=6, max_rejected=0, iterations=3, eval_contexts=4, workers=1)
 
 
 @pytest.fixture(scope="module")
@@ -831,32 +831,30 @@ def of_one_process(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("processes,resumed", [(2, False), (3, True)])
-def test_several_processes_give_the_gradient_of_one_on_the_same_groups(of_one_process, tmp_path, processes,
-                                                                       resumed):
-    """Also where they resume what one process has begun."""
+@pytest.mark.parametrize("parts", [[(2, 2), (1, 3)], [(1, 1), (3, 3)]])
+def test_any_number_of_processes_gives_the_gradient_of_one_also_where_the_number_changes(
+        of_one_process, tmp_path, parts):
+    """Parts are numbers of processes, and of the iteration up to which they run: then others resume."""
     out = tmp_path / "run"
     words = arguments(out=out, **SHARED)
-    if resumed:
-        ript.main(arguments(out=out, **SHARED | dict(iterations=1)))
-        words = ["--resume", out, "--iterations", 2]
-    torchrun = "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"
-    launch(*torchrun, FILE.with_name("ript.py"), *words)
-    assert_same_run(out, of_one_process)
-
-
-def assert_same_run(out, other_out):
-    """Two runs are the same but for rounding."""
-    rows, others = rows_of(out), rows_of(other_out)
-    assert 1 < others[1]["kept"] < 6 and others[2]["eval_success"] > 0  # the shares are unequal
+    for processes, iterations in parts:
+        words += ["--iterations", str(iterations)]
+        if processes == 1:
+            ript.main(words)
+        else:
+            torchrun = "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"
+            launch(*torchrun, FILE.with_name("ript.py"), *words)
+        words = ["--resume", str(out)]
+    rows, others = rows_of(out), rows_of(of_one_process)
+    assert 1 < others[1]["kept"] < 6 and others[3]["eval_success"] > 0  # the shares are unequal
     for row, other in zip(rows, others, strict=True):
-        # The second iteration's rollouts start from parameters that differ by rounding.
+        # From the second iteration on rollouts start from parameters that differ by rounding.
         tolerance = 1e-5 if row["iteration"] < 2 else 1e-3
         for name in set(other) - {"ratio_error", "act_std"}:  # which are rounding itself
             assert row[name] == pytest.approx(other[name], rel=tolerance, abs=1e-6), name
-    ours, theirs = (torch.load(run / "last/policy.pt", weights_only=True) for run in (out, other_out))
+    ours, theirs = (torch.load(run / "last/policy.pt", weights_only=True) for run in (out, of_one_process))
     assert_close(ours["action_head.weight"], theirs["action_head.weight"], 1e-5)
-    ours, theirs = (json.loads((run / "evaluation_RIPT.json").read_text()) for run in (out, other_out))
+    ours, theirs = (json.loads((run / "evaluation_RIPT.json").read_text()) for run in (out, of_one_process))
     assert ours == theirs
 
 

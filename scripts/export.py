@@ -11,8 +11,8 @@ The base is the one that the run's config.json names, or --checkpoint, a directo
     *.json and the rest   the base's own: config, statistics, preprocessor, tokenizer
 
 The base may have adapters merged already, those of its own fine-tuning; these here are stage 3's and come on
-top. It takes 3 GB of memory beside the system's file cache: shards are copied as files, and weights that change
-are written into the copies one by one.
+top. It takes 3 GB of memory beside the system's cache of files: shards are copied, and each weight that
+changes is written into its copy.
 """
 import sys
 from pathlib import Path

@@ -27,6 +27,7 @@ import subprocess
 import tempfile
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Optional
 
 import psutil
@@ -212,9 +213,9 @@ def estimate(cfg: ript.Config, rows: list[dict], contexts: int) -> str:
         whole = cfg.iterations * (rollouts + update) + evaluations * contexts * each
         texts.append(f"{duration(whole)} if {groups - cfg.groups} groups are replaced in each iteration, "
                      f"whose rollouts take {duration(rollouts)} then")
-    return (f"A run of {cfg.iterations} iterations and {evaluations} evaluations takes {', and '.join(texts)}. "
-            f"An update takes {duration(update)}, an evaluation in {contexts} contexts "
-            f"{duration(contexts * each)}. All that is by what this small run took, its first calls included.")
+    return (f"A run of {cfg.iterations} iterations and {evaluations} evaluations takes "
+            f"{', and '.join(texts)}. An update takes {duration(update)}, an evaluation in {contexts} "
+            f"contexts {duration(contexts * each)}: all by what this small run took, its start included.")
 
 
 def say_sizes(run: Path, peaks: Peaks, rows: list[dict]):
@@ -225,8 +226,8 @@ def say_sizes(run: Path, peaks: Peaks, rows: list[dict]):
     print(f"Disk: a run takes {sum(sizes) / 1e9:.2f} GB, however long it is, and {free / 1e9:.1f} are free.")
     memory = psutil.virtual_memory().total / GIB
     print(f"Host memory: at most {peaks.simulator:.2f} GiB for a simulator, {peaks.policy:.2f} for a process "
-          f"of the policy, {peaks.together:.1f} of {memory:.1f} for all. The observations of kept rollouts, of "
-          "which a long run has more, come on top.")
+          f"of the policy, {peaks.together:.1f} of {memory:.1f} for all. The observations of kept rollouts, "
+          "of which a long run has more, come on top.")
     for index, (used, total) in sorted(peaks.gpus.items()):
         print(f"GPU {index}: at most {used:.1f} of {total:.1f} GiB were used, by whatever runs there.")
     if peaks.gpus:
@@ -282,12 +283,14 @@ def main(argv: Optional[list[str]] = None):
     if argv and argv[0] in parts:  # in a process of torchrun
         return parts[argv[0]](argv[1:])
     parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
+    parser.error = partial(require, False)
     parser.add_argument("--nproc_per_node", type=int, default=max(1, torch.cuda.device_count()))
     options, words = parser.parse_known_args(argv)
     number = options.nproc_per_node
     require(number >= 1, f"--nproc_per_node must be at least 1, got {number}")
+    other = [word for word in words if word.split("=")[0] in ("--resume", "--eval")]
+    require(not other, "preflight.py tries a new run: leave --resume and --eval out")
     cfg = ript.parse_config(words)
-    require(not (cfg.resume or cfg.eval), "preflight.py tries a new run: leave --resume and --eval out")
     require(cfg.iterations, "--iterations must be at least 1 for a run to be tried")
     require(cfg.groups % number == 0, f"--groups must be a multiple of the {number} processes")
     signal.signal(signal.SIGINT, interrupt)
