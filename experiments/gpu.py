@@ -109,6 +109,7 @@ class Bench:
         self.cuda = self.device != "cpu"
         self.chunks = 4 if self.tiny else 16  # of each comparison
         self.micro = (1, 4) if self.tiny else (1, 4, 16)
+        self.batch = 4 if self.tiny else 8  # observations per forward, as runs have it
         self.seconds = 0.1 if self.tiny else 3.0  # of each measurement of speed
         rng = np.random.default_rng(0)
         pictures = rng.integers(0, 256, (32, 2, 224, 224, 3), dtype=np.uint8)
@@ -468,28 +469,29 @@ def float32_adapters(policy):
 def speed_of(bench, texts):
     """Acting and gradients in chunks per second, and their peak memory, for equal or mixed instructions."""
     policy, micro = bench.policy, bench.micro[-1]
-    number = max(8, micro)
-    observations, texts = bench.observations[:number], (texts * number)[:number]
+    observations, texts = bench.observations[:16], (texts * 16)[:16]
 
     def act(size):
         generators = [np.random.default_rng(i) for i in range(size)]
         return policy.act(observations[:size], texts[:size], generators)
 
     bench.reset_peak()
-    acting, acting_peak = bench.rate(lambda: act(8), 8), bench.peak()
+    acting, acting_peak = bench.rate(lambda: act(bench.batch), bench.batch), bench.peak()
     chunks = act(micro)
     bench.reset_peak()
     scoring = bench.rate(lambda: policy.log_prob(chunks).sum().backward(), micro)
     policy.zero_grad()
-    return f"act_batch 8 {acting}, {acting_peak}; micro_batch {micro} with gradient {scoring}, {bench.peak()}"
+    return (f"act_batch {bench.batch}: {acting}, {acting_peak}; "
+            f"gradient, micro_batch {micro}: {scoring}, {bench.peak()}")
 
 def precision(bench):
     """adapters in float32, as they were, against adapters in the decoder's precision, as they are"""
+    now = bench.act(bench.batch, bench.batch)
     with float32_adapters(bench.policy):
-        before = bench.act(8, 8)
+        before = bench.act(bench.batch, bench.batch)
         say(f"float32: {speed_of(bench, TEXTS)}")
     say(f"the decoder's: {speed_of(bench, TEXTS)}")
-    apart = np.stack([a["sample"] - c["sample"] for a, c in zip(before, bench.act(8, 8))])
+    apart = np.stack([a["sample"] - c["sample"] for a, c in zip(before, now)])
     say(f"normalised actions differ by {np.abs(apart).mean():.4f}, at most {np.abs(apart).max():.4f}")
 
 def steps(bench):
@@ -562,7 +564,7 @@ def both(bench):
     if importlib.util.find_spec("mujoco") is None:
         return say(NO_MUJOCO)
     number = 2 if bench.tiny else 16
-    acting = bench.rate(lambda: bench.act(8, 8), 8)
+    acting = bench.rate(lambda: bench.act(bench.batch, bench.batch), bench.batch)
     with drawing(bench, number) as simulators, ThreadPoolExecutor(1) as pool:
         for kind, per_step, substeps, every in (("pictures", 2, 0, 1),
                                                 ("control steps with pictures at every eighth", 1, 25, 8)):
@@ -571,8 +573,8 @@ def both(bench):
             drawn = pool.submit(ask, simulators, "run", words)
             chunks, began = 0, time.perf_counter()
             while not drawn.done():
-                bench.act(8, 8)
-                chunks += 8
+                bench.act(bench.batch, bench.batch)
+                chunks += bench.batch
             beside = chunks / (time.perf_counter() - began)
             together = per_step * sum(drawn.result())
             say(f"{number} processes, {kind} per second: {alone:.0f} alone, {together:.0f} beside acting")

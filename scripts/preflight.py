@@ -26,6 +26,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Optional
@@ -271,9 +272,18 @@ def preflight(number: int, words: list[str], logs: Path):
     print(estimate(cfg, rows, len(ript.evaluation_contexts(cfg))))
 
 
-def interrupt(*_):
-    """Ctrl-C and SIGTERM end what was started, and remove the directory."""
-    raise ript.UserError("interrupted")
+@contextmanager
+def stopping_cleanly():
+    """Within it, Ctrl-C and SIGTERM raise UserError: what was started ends, and the directory is removed."""
+    def interrupt(number, frame):
+        raise ript.UserError("interrupted, and nothing is left behind")
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(argv: Optional[list[str]] = None):
@@ -293,13 +303,12 @@ def main(argv: Optional[list[str]] = None):
     cfg = ript.parse_config(words)
     require(cfg.iterations, "--iterations must be at least 1 for a run to be tried")
     require(cfg.groups % number == 0, f"--groups must be a multiple of the {number} processes")
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
     place = Path(cfg.out).absolute().parent
     began = time.time()
     try:
         place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place, prefix="preflight.tmp.") as folder:
+        prefix = "preflight.tmp."
+        with stopping_cleanly(), tempfile.TemporaryDirectory(dir=place, prefix=prefix) as folder:
             preflight(number, words, Path(folder))
     except OSError as error:
         raise ript.UserError(f"cannot write into {place}: {error}") from error
