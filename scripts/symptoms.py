@@ -77,17 +77,17 @@ SYMPTOMS = (
             "left to learn here; if the evaluation says otherwise, the noise is too small: a larger "
             "--scale_multiplier."),
     Symptom("clipped", clipped,
-            "the clip cut the gradient of {clip_frac:.0%} of the action steps over {updates} optimiser steps, "
-            "which can take back what the first steps have won: fewer steps (a larger --minibatch, fewer "
-            "--ppo_epochs) or a smaller --lr."),
+            "the clip cut the gradient of {clip_frac:.0%} of the action steps in {updates} optimiser steps. "
+            "Later steps can then take back what the first ones have won: fewer steps (a larger --minibatch, "
+            "fewer --ppo_epochs) or a smaller --lr."),
     Symptom("far", far,
             "the policy moved by a KL of {approx_kl:.2g} per action step away from the one that drew the "
             "rollouts, which then say little about it: fewer --ppo_epochs, a smaller --lr or a smaller "
             "--clip_coef."),
     Symptom("apart", apart,
-            "act and log_prob disagree by {act_std:.2g}, the standard deviation of the log-ratio. In bfloat16 "
-            "that is rounding, which the update does not use. In float32 the policy draws actions from "
-            "another density than it scores them with, and learns from wrong ratios: compare the two methods."),
+            "act and log_prob disagree by {act_std:.2g}, the standard deviation of the log-ratio. In "
+            "bfloat16 that is rounding, and the update does not use it. In float32 actions are drawn from "
+            "another density than they are scored with, so that ratios are wrong: compare the two methods."),
     Symptom("bounded", bounded,
             "b is at its lower bound in {at_low:.0%} of the action dimensions and at its upper one in "
             "{at_high:.0%}, so that the bounds and not the scale head set the noise: fit the head "
