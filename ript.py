@@ -229,18 +229,21 @@ def ppo_clip_loss(log_prob: torch.Tensor, old_log_prob: torch.Tensor, advantage:
 
     log_prob, old_log_prob (E, S); advantage (E,); weight (E, S) from loss_weight, 0 where no action ran;
     clip: eps, or a pair for [1 - low, 1 + high]. Returns the sum over weighted steps, a scalar, and such sums
-    of ratio, clip_frac (where the clip cuts the gradient), approx_kl. Parts of a minibatch add up to its own.
+    of ratio, clip_frac (where the clip cuts the gradient), outside_clip (where the ratio is out of its range)
+    and approx_kl. Parts of a minibatch add up to its own.
     """
     low, high = clip if isinstance(clip, (tuple, list)) else (clip, clip)
     # What was not executed may be anything, NaN too, and must not reach the gradient.
     log_ratio = torch.where(weight > 0, log_prob - old_log_prob, 0.0)  # E S
     ratio = log_ratio.exp()
+    bounded = ratio.clamp(1 - low, 1 + high)
     plain = ratio * advantage[:, None]
-    clipped = ratio.clamp(1 - low, 1 + high) * advantage[:, None]
+    clipped = bounded * advantage[:, None]
     loss = -(torch.minimum(plain, clipped) * weight).sum()
     with torch.no_grad():
         # approx_kl is Schulman's estimator k3: unbiased, and never negative.
         stats = dict(ratio=(ratio * weight).sum(), clip_frac=((clipped < plain) * weight).sum(),
+                     outside_clip=((bounded != ratio) * weight).sum(),
                      approx_kl=((ratio - 1 - log_ratio) * weight).sum())
     return loss, stats
 

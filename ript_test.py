@@ -231,7 +231,7 @@ def test_the_loss_is_the_weighted_sum_of_the_clipped_terms(per, clip):
     new, old, advantage, mask = made_up_loss()
     low, high = clip if isinstance(clip, tuple) else (clip, clip)
     weight = ript.loss_weight(mask, per)
-    terms = dict(loss=0.0, ratio=0.0, clip_frac=0.0, approx_kl=0.0)
+    terms = dict(loss=0.0, ratio=0.0, clip_frac=0.0, outside_clip=0.0, approx_kl=0.0)
     for e, s in mask.nonzero().tolist():
         a, w = advantage[e].item(), weight[e, s].item()
         r = math.exp(new[e, s] - old[e, s])
@@ -239,10 +239,11 @@ def test_the_loss_is_the_weighted_sum_of_the_clipped_terms(per, clip):
         terms["loss"] -= min(r * a, clipped * a) * w
         terms["ratio"] += r * w
         terms["clip_frac"] += (clipped * a < r * a) * w
+        terms["outside_clip"] += (clipped != r) * w
         terms["approx_kl"] += (r - 1 - math.log(r)) * w
     loss, stats = ript.ppo_clip_loss(new, old, advantage, weight, clip)
     assert_close(loss, terms.pop("loss"))
-    assert terms["clip_frac"] > 0
+    assert terms["outside_clip"] > terms["clip_frac"] > 0
     for name, value in terms.items():
         assert_close(stats[name], value)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import ablations, bandit, common, libero_suites, tabletop_suites
+from experiments import ablations, adapters, bandit, common, libero_suites, tabletop_suites
 from ript import Context, Episode, load_suite
 from tests.conftest import (PRETRAINED, TASKS, config, demo_config, libero_or_skip, pretrained,
                             random_observations)
@@ -140,6 +140,54 @@ def test_where_a_step_leaves_the_clip_the_next_gradient_points_back(random_episo
         torch.optim.AdamW(policy.parameter_groups(), lr, (0.0, 0.999)).step()
         for clip, (low, high) in ((0.1, with_clip), (1e6, without)):
             assert low < torch.cosine_similarity(first, gradient(policy, clip), 0) < high
+
+
+# ------------------------------------------------------------------------------- the 7B's path on the laptop
+def adapted(arm, *words):
+    """The settings and the policy of an arm."""
+    _, model, settings = adapters.ARMS[arm]
+    words = ["--model", f"{adapters.__file__}:{model.__name__}", *settings.split(), *words]
+    cfg = config(*words, "--checkpoint", PRETRAINED)
+    torch.manual_seed(0)
+    return cfg, model.load(cfg)
+
+
+def test_the_laptops_policy_trains_as_the_7b_does_and_the_arms_differ_in_what_they_say(random_episodes):
+    cfg, policy = adapted("release")
+    assert (cfg.lr, cfg.clip_coef, cfg.minibatch, cfg.adam_beta1) == (5e-5, 0.1, 16, 0.9)
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    assert sum(p.numel() for p in trained.values()) == 190_279
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    base = [p for name, p in policy.named_parameters() if "lora_" not in name and "head" not in name]
+    assert {p.dtype for p in base} == {torch.bfloat16}
+    assert {name.split(".")[0] for name in trained} == {"language_model", "action_head"}
+    episodes = random_episodes[:16]
+    watch = adapters.Watch(policy, episodes)
+    watch.step()
+    assert watch.rows[0]["outside"] == watch.rows[0]["true_std"] == watch.rows[0]["change_std"] == 0
+    rows = adapters.steps_of("release", cfg, episodes), adapters.steps_of("step", cfg, episodes)
+    assert [len(its) for its in rows] == [1, 1]  # 16 episodes are a minibatch of the release's
+    for one, in rows:
+        # The policy moves, and rounding is a small part of what is seen of that.
+        assert 0 < one["rounding_std"] < 0.3 * one["true_std"] < 0.3
+    assert rows[1][0]["approx_kl"] > rows[0][0]["approx_kl"]  # of the larger learning rate
+
+
+def test_an_arm_has_the_papers_learning_rates_and_one_keeps_its_weights_in_bfloat16():
+    _, policy = adapted("paper")
+    rates = {group["lr"]: len(group["params"]) for group in policy.parameter_groups()}
+    assert rates == {1e-4: 28, 1e-5: 16}
+    _, rounded = adapted("rounded")
+    optimizer = torch.optim.AdamW(rounded.parameter_groups(), 5e-5)
+    before = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    after = optimizer.param_groups[0]["params"]
+    assert all((p == p.bfloat16()).all() for p in after)
+    # Of larger weights the step is lost, and of small ones it is not.
+    kept = torch.cat([(a == b).flatten() for a, b in zip(before, after)])
+    assert 0.05 < kept.float().mean() < 0.95
 
 
 def test_in_one_scene_the_instruction_decides_what_succeeds():
