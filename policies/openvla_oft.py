@@ -61,8 +61,12 @@ def chunks_that_fit(device) -> int:
     """How many chunks a forward with gradient may have in a GPU's memory; more make an update faster."""
     if not str(device).startswith("cuda"):
         return OpenVLAOFT.micro_batch
+    return chunks_in(torch.cuda.get_device_properties(device).total_memory / 2 ** 30)
+
+def chunks_in(memory: float) -> int:
+    """The same by the memory of a GPU in GiB."""
     # Measured on an H100: 18.7 GiB and 0.7 for each chunk. 3 are left for CUDA and the simulators' pictures.
-    room = torch.cuda.get_device_properties(device).total_memory / 2 ** 30 - 3 - 18.7
+    room = memory - 3 - 18.7
     return next((chunks for chunks in (16, 8, 4, 2) if 0.7 * chunks <= room), 1)
 
 # -------------------------------------------------------------------------------------------------- Policy

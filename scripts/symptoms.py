@@ -7,7 +7,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 KEPT = 1 / 3  # the share of an iteration's groups that have signal: below it, few have
-CLIP_FRAC = 0.05  # the share of action steps whose gradient the clip cuts, as a mean over the optimiser steps
+# Shares of action steps, as means over an update's optimiser steps: those whose gradient the clip cuts, and
+# those whose ratio is outside the clip's range, whether it cuts there or not.
+CLIP_FRAC = 0.05
+OUTSIDE_CLIP = 0.2
 APPROX_KL = 0.5  # nats per action step, as a mean over the optimiser steps
 ACT_STD = 0.1  # of the log-ratio between act and log_prob; at 0.1, PPO's clip is a standard deviation away
 AT_LOW = 0.99  # the share of action dimensions whose b is at its lower bound; a fitted head has 0.9 to 0.97
@@ -44,7 +47,8 @@ def all_success(row: dict) -> bool:
 
 def clipped(row: dict) -> bool:
     """Whether the clip holds back an update of several steps. At the first step of an update it cannot."""
-    return row.get("updates", 0) > 1 and row["clip_frac"] > CLIP_FRAC
+    beyond = row.get("clip_frac", 0) > CLIP_FRAC or row.get("outside_clip", 0) > OUTSIDE_CLIP
+    return row.get("updates", 0) > 1 and beyond
 
 
 def far(row: dict) -> bool:
@@ -77,9 +81,9 @@ SYMPTOMS = (
             "left to learn here; if the evaluation says otherwise, the noise is too small: a larger "
             "--scale_multiplier."),
     Symptom("clipped", clipped,
-            "the clip cut the gradient of {clip_frac:.0%} of the action steps in {updates} optimiser steps. "
-            "Later steps can then take back what the first ones have won: fewer steps (a larger --minibatch, "
-            "fewer --ppo_epochs) or a smaller --lr."),
+            "in {updates} optimiser steps {outside_clip:.0%} of the action steps were outside the clip's "
+            "range, and it cut the gradient of {clip_frac:.0%}. Later steps can then take back what the first "
+            "ones have won: fewer steps (a larger --minibatch, fewer --ppo_epochs) or a smaller --lr."),
     Symptom("far", far,
             "the policy moved by a KL of {approx_kl:.2g} per action step away from the one that drew the "
             "rollouts, which then say little about it: fewer --ppo_epochs, a smaller --lr or a smaller "
@@ -108,7 +112,8 @@ def sentences(history: list[dict]) -> dict[str, tuple[int, str]]:
         if row.get("rollouts"):
             for symptom in SYMPTOMS:
                 if symptom.name not in found and symptom.shown_by(row):
-                    text = symptom.sentence.format(**row | dict(groups=groups_of(row)))
+                    more = dict(outside_clip=row.get("clip_frac"), groups=groups_of(row))
+                    text = symptom.sentence.format(**more | row)
                     found[symptom.name] = row["iteration"], text
     return found
 
