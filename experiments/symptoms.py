@@ -33,7 +33,7 @@ PROVOKED_BY = dict(
     far=f"{START} --ppo_epochs 8 --clip_coef 1000 {SHORT}",
     apart=f"--model experiments/symptoms.py:Wide {START} {SHORT}",
     bounded=f"{PRETRAINED} {SHORT}",
-    above_evaluation=f"{START} --ppo_epochs 4 --iterations 2")
+    above_evaluation=f"{START} --lr 1e-6 --scale_multiplier 1.5 --max_rejected 0 --iterations 1")
 
 class Wide(Tiny):
     """A policy with a mistake: it draws actions with a b that is five times the one that it scores with."""

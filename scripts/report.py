@@ -340,7 +340,7 @@ def main(argv=None):
     if "--no_video" not in argv:
         write_videos(run, cfg, contexts)
         its_page.write(is_running(run))
-    print(f"wrote report.html, the tables, the curve and the videos into {run}")
+    print(f"wrote report.html and its parts into {run}")
 
 
 if __name__ == "__main__":
