@@ -81,6 +81,9 @@ EXPERIMENTS = dict(
 )
 # Of an experiment: the script of stage 3, where it is not ript.py itself.
 SCRIPTS = dict(grpo="experiments/grpo.py", libero_grpo="experiments/grpo.py")
+# Of an experiment: the one whose stage 2 it begins with, where the settings are the same.
+START_OF = dict.fromkeys(("half", "half_lr", "quarter", "quarter_lr", "grpo"), "tabletop")
+START_OF["libero_grpo"] = "libero"
 # Of an experiment: suites in which its policies are evaluated again, and what is different there.
 SENSES = dict(
     tabletop={"as it is": "tabletop", "other instruction": f"{TABLETOP_SUITES}:Misled",
@@ -106,7 +109,8 @@ def run(name, seed):
     out = HOME / f"{name}_{seed}"
     shared, stage_2, stage_3 = (settings.split() for settings in EXPERIMENTS[name])
     shared += ["--seed", seed]
-    start = run_once(out / "sft", "scripts/sft.py", *shared, *stage_2)
+    first = HOME / f"{START_OF.get(name, name)}_{seed}"
+    start = run_once(first / "sft", "scripts/sft.py", *shared, *stage_2)
     run_once(out, SCRIPTS.get(name, "ript.py"), *shared, *stage_3, "--checkpoint", start)
     report.main([str(out), "--no_video"])  # it writes the CSV files
     (RESULTS / name).mkdir(parents=True, exist_ok=True)

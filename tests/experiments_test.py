@@ -10,7 +10,8 @@ import torch
 
 from experiments import ablations, adapters, bandit, cards, common, grpo, libero_suites, tabletop_suites
 from ript import Context, Episode, load_suite
-from tests.conftest import (PRETRAINED, QUICK, ROOT, TASKS, config, demo_config, libero_or_skip, pretrained,
+from ript_test import arguments
+from tests.conftest import (PRETRAINED, ROOT, TASKS, config, demo_config, libero_or_skip, pretrained,
                             random_observations, rows_without_seconds)
 
 
@@ -69,12 +70,13 @@ def test_grpo_divides_by_the_groups_standard_deviation_and_nothing_else_changes(
     monkeypatch.setattr(ript, "leave_one_out_advantage", ript.leave_one_out_advantage)  # and back again
     rows = {}
     for name, program in dict(ript=ript, grpo=grpo).items():
-        words = [*QUICK, "--max_rejected", 0, "--groups", 4, "--eval_every", 0, "--out", tmp_path / name]
-        program.main([str(word) for word in words])
+        program.main(arguments(max_rejected=0, iterations=1, eval_contexts=1, workers=1, out=tmp_path / name))
         rows[name] = rows_without_seconds(tmp_path / name)[1]
     other = {key for key in rows["ript"] if rows["ript"][key] != rows["grpo"][key]}
     assert {"grad_norm"} <= other <= {"grad_norm", "loss", "eval_success"}
     assert ablations.SCRIPTS.keys() <= ablations.EXPERIMENTS.keys()
+    for name, other in ablations.START_OF.items():
+        assert ablations.EXPERIMENTS[name][:2] == ablations.EXPERIMENTS[other][:2]  # one stage 2
 
 
 def test_table_and_figure_are_of_the_csv_files_and_a_wrong_name_is_refused(tmp_path, monkeypatch, capsys):

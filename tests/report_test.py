@@ -7,7 +7,7 @@ import shutil
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from importlib import metadata
 
@@ -107,6 +107,9 @@ def test_a_run_is_compared_stage_by_stage():
     before, after = report.beside_the_paper(cfg, contexts, results)
     assert before.startswith("SFT ") and "SFT in the paper 68.8% of 500: compatible (p = 1)" in before
     assert after.startswith("RIPT ") and "RIPT in the paper 87.5% of 500: not compatible" in after
+    contexts = [Context(task, "", seed) for task in range(90) for seed in range(50)]
+    [line] = report.beside_the_paper(replace(cfg, suite="libero_90"), contexts, dict(SFT=[True] * 4500))
+    assert "SFT in the paper 88.6% of 4500: not compatible" in line
 
 
 # --------------------------------------------------------------------------------------------------- the page
