@@ -18,7 +18,7 @@ was drawn from; action steps after success do not count; the K rollouts of a gro
     bash run_libero.sh                                        the laptop: stages 2 and 3 and the report
     torchrun --standalone --nproc_per_node 4 ript.py --model openvla-oft --suite libero_long   the 7B, 4 GPUs
 
-This file imports no other file of its repository: POLICIES and SUITES reach the others by their names.
+This file imports no other file of its repository: POLICIES, SUITES and log_iteration reach some by name.
 Shapes: B batch, C contexts, K rollouts per context, E episodes, Q queries per episode, N chunks of several
 episodes, H action steps per query, S action steps per episode, A action dimensions, F features.
 """
@@ -47,6 +47,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, partial
+from importlib import metadata
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -477,17 +478,12 @@ class LaplacePolicy(nn.Module):
         noise = np.stack([np.zeros(size) if g is None else g.laplace(size=size) for g in generators])
         sample = mean + log_scale.exp() * torch.as_tensor(noise).to(mean)  # B H A
         log_prob = laplace_log_prob(sample, mean, log_scale)  # B H
-        actions = self.to_env_actions(sample)
         low, high = torch.tensor(self.scale_range).log().to(mean)
-        chunks = []
-        for b in range(len(observations)):
-            log = dict(scale=log_scale[b].exp().mean().item(),
-                       at_low=(log_scale[b] <= low).float().mean().item(),
-                       at_high=(log_scale[b] >= high).float().mean().item())
-            chunks.append(log | dict(
-                observation=observations[b], instruction=instructions[b], actions=actions[b],
-                sample=sample[b].cpu().numpy(), log_prob=log_prob[b].cpu().numpy()))
-        return chunks
+        logged = dict(scale=log_scale.exp(), at_low=log_scale <= low, at_high=log_scale >= high)
+        columns = dict(observation=observations, instruction=instructions, sample=sample.cpu().numpy(),
+                       log_prob=log_prob.cpu().numpy(), actions=self.to_env_actions(sample))
+        columns |= {name: value.float().mean((1, 2)).tolist() for name, value in logged.items()}
+        return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
     def log_prob(self, chunks: list[dict]) -> torch.Tensor:
         """Log-probability of each action step of B chunks that act has returned, with gradient: (B, H)."""
@@ -964,6 +960,8 @@ def log_iteration(state: TrainState, stats: dict):
                  kl="approx_kl", eval="eval_success")
     texts = [f"{word} {stats[name]:.3g}" for word, name in shown.items() if name in stats]
     print("  ".join([f"iteration {state.iteration}", *texts]), flush=True)
+    if (HERE / "scripts/symptoms.py").exists():
+        pkgutil.resolve_name("scripts.symptoms:print_new")(state.history)
 
 def save_run(out: Path, policy: nn.Module, optimizer, state: TrainState):
     """Write last/, best/, metrics.jsonl and, for --resume, run.pt."""
@@ -1031,6 +1029,9 @@ def main(argv: Optional[list[str]] = None):
         if RANK == 0:
             with writing(out / "config.json") as file:
                 file.write_text(json.dumps(asdict(cfg), indent=1))
+            with writing(out / "versions.json") as file:
+                packages = reversed([*metadata.distributions()])  # of two with a name the first is imported
+                file.write_text(json.dumps({p.name: p.version for p in packages}, indent=1))
         print(f"{cfg.model} and {cfg.workers} simulators of {cfg.suite} are ready", flush=True)
         if cfg.control_step == "robosuite":
             print("control steps are robosuite's, 3.5 times slower than simulators/libero.py's", flush=True)
@@ -1043,6 +1044,9 @@ def main(argv: Optional[list[str]] = None):
             log_iteration(state, dict(eval_success=evaluate(policy, simulators, contexts, cfg, "SFT")))
             save_run(out, policy, optimizer, state)
         for iteration in range(state.iteration, cfg.iterations):
+            if state.history[-1].get("rollout_success") == 1:  # the same number in every process
+                print(f"the run is done: every rollout of iteration {iteration} has succeeded", flush=True)
+                break
             for group, lr in zip(optimizer.param_groups, rates):
                 group["lr"] = lr * (1 - cfg.anneal * iteration / cfg.iterations)
             context_of = partial(training_context, cfg=cfg)

@@ -14,6 +14,7 @@ import resource
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import ript  # before torch is: it says how OpenMP's threads wait
@@ -53,6 +54,16 @@ class ToySuite(ript.Suite):
 
     def get_observation(self):
         return dict(way=self.goal - self.place)
+
+
+class EndingSuite(ToySuite):
+    """The toy in which the first task always succeeds and the second from group 6 on, and never before."""
+    def success(self):
+        return self.context.task == 0 or self.context.seed >= ript.TRAIN_SEEDS + 6
+
+    def reset(self, context):
+        self.context = context
+        return super().reset(context)
 
 
 class ToyPolicy(ript.LaplacePolicy):
@@ -794,8 +805,10 @@ def test_a_policy_that_explores_learns_a_task_that_it_never_solves_at_first(fini
 def test_a_run_prints_a_line_per_iteration_and_writes_metrics_checkpoints_and_outcomes(finished):
     out, printed = finished
     files = {path.name for path in out.glob("[!.]*")}
-    assert files == {"config.json", "metrics.jsonl", "run.pt", "last", "best", "evaluation_SFT.json",
-                     "evaluation_RIPT.json"}
+    assert files == {"config.json", "versions.json", "metrics.jsonl", "run.pt", "last", "best",
+                     "evaluation_SFT.json", "evaluation_RIPT.json"}
+    versions = json.loads((out / "versions.json").read_text())
+    assert versions["torch"] == metadata.version("torch") and versions["numpy"] == np.__version__
     assert [row["iteration"] for row in rows_of(out)] == list(range(5))
     lines = [line for line in printed.splitlines() if line.startswith("iteration ")]
     assert all(any(line.startswith(f"iteration {i} ") for line in lines) for i in range(5))
@@ -857,6 +870,22 @@ def test_any_number_of_processes_gives_the_gradient_of_one_also_where_the_number
     assert_close(ours["action_head.weight"], theirs["action_head.weight"], 1e-5)
     ours, theirs = (json.loads((run / "evaluation_RIPT.json").read_text()) for run in (out, of_one_process))
     assert ours == theirs
+
+
+def test_a_run_ends_where_every_rollout_of_every_process_has_succeeded(tmp_path, capsys):
+    """In its first iteration all succeed in the first process and none in the second, and it goes on."""
+    words = arguments(**SHARED | dict(iterations=9), out=tmp_path / "run", suite=f"{FILE}:EndingSuite")
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
+    printed = launch(*torchrun, FILE.with_name("ript.py"), *words)
+    rows = rows_of(tmp_path / "run")
+    assert [(row["all_success"], row["all_fail"]) for row in rows[1:]] == [(3, 3), (6, 0)]
+    said = "the run is done: every rollout of iteration 2 has succeeded\n"
+    assert printed.count(said) == 1 and rows[-1]["eval_success"] == 0.5
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    ript.main(["--resume", str(tmp_path / "run"), "--iterations", "20", "--workers", "1"])
+    assert said in capsys.readouterr().out
+    changed = [path.name for path, content in before.items() if path.read_bytes() != content]
+    assert changed == ["config.json"]  # which has the new number of iterations
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):

@@ -3,6 +3,8 @@
     python experiments/ablations.py                  lists the experiments
     python experiments/ablations.py k4 k16           stages 2 and 3 of each, where runs/ablations lacks them
     python experiments/ablations.py bowl --seeds 0   with these seeds in place of 0, 1 and 2
+    python experiments/ablations.py tabletop half half_lr quarter quarter_lr     fewer groups per iteration
+    python experiments/ablations.py tabletop grpo    GRPO's advantage; libero libero_grpo: on LIBERO-Object
     python experiments/ablations.py senses NAME      the policies of tabletop or one_scene, misled and blind
     python experiments/ablations.py imitation        other ways to spend the tabletop's time: more of stage 2
     python experiments/ablations.py offsets          how the start depends on the offset of the worn arm
@@ -38,6 +40,8 @@ HOME = RUNS / "ablations"
 SEEDS = (0, 1, 2)
 TABLETOP_SUITES = ROOT / "experiments/tabletop_suites.py"
 LIBERO_SUITES = ROOT / "experiments/libero_suites.py"
+HALF = "--groups 8 --max_rejected 6 --minibatch 64 --iterations 12 --eval_every 4"
+QUARTER = "--groups 4 --max_rejected 3 --minibatch 32 --iterations 24 --eval_every 8"
 # Of each: settings of both stages, of stage 2, of stage 3, over the suite's presets.
 EXPERIMENTS = dict(
     # 16 groups of 8 kept, 6 iterations, 1 demonstration per instruction
@@ -54,12 +58,20 @@ EXPERIMENTS = dict(
     transfer=(f"--suite {TABLETOP_SUITES}:HandOver", "", ""),
     transfer_head=(f"--suite {TABLETOP_SUITES}:HandOver --model {TABLETOP_SUITES}:HeadOnly", "", ""),
     transfer_move=(f"--suite {TABLETOP_SUITES}:Move --model {TABLETOP_SUITES}:HeadOnly", "", ""),
+    # Half and a quarter of the groups for twice and four times as many iterations, with evaluations after as
+    # many rollouts. The learning rate stays, or falls with the square root of the minibatch.
+    half=("", "", HALF),
+    half_lr=("", "", f"{HALF} --lr 1.4e-4"),
+    quarter=("", "", QUARTER),
+    quarter_lr=("", "", f"{QUARTER} --lr 1e-4"),
+    grpo=("", "", ""),  # its script has another advantage
     # Several optimiser steps on the same rollouts, with the clip and without.
     passes4=("", "", "--ppo_epochs 4"),
     passes4_noclip=("", "", "--ppo_epochs 4 --clip_coef 1000"),
     # 4 demonstrations per instruction, 4 iterations
     libero=("--suite libero_object --task 0", "", ""),
     libero_none=("--suite libero_object --task 0", "", "--max_rejected 0"),  # nothing is replaced
+    libero_grpo=("--suite libero_object --task 0", "", ""),
     # With four demonstrations, no rollout of 16 in training contexts succeeds in task 1 and on the bowl.
     object_1=("--suite libero_object --task 1", "--demos_per_task 10", ""),
     object_2=("--suite libero_object --task 2", "", ""),
@@ -67,6 +79,11 @@ EXPERIMENTS = dict(
     one_scene=(f"--suite {LIBERO_SUITES}:OneScene", "", ""),
     bowl=(f"--suite {LIBERO_SUITES}:Goal --task 6", "--demos_per_task 10", ""),
 )
+# Of an experiment: the script of stage 3, where it is not ript.py itself.
+SCRIPTS = dict(grpo="experiments/grpo.py", libero_grpo="experiments/grpo.py")
+# Of an experiment: the one whose stage 2 it begins with, where the settings are the same.
+START_OF = dict.fromkeys(("half", "half_lr", "quarter", "quarter_lr", "grpo"), "tabletop")
+START_OF["libero_grpo"] = "libero"
 # Of an experiment: suites in which its policies are evaluated again, and what is different there.
 SENSES = dict(
     tabletop={"as it is": "tabletop", "other instruction": f"{TABLETOP_SUITES}:Misled",
@@ -92,8 +109,9 @@ def run(name, seed):
     out = HOME / f"{name}_{seed}"
     shared, stage_2, stage_3 = (settings.split() for settings in EXPERIMENTS[name])
     shared += ["--seed", seed]
-    start = run_once(out / "sft", "scripts/sft.py", *shared, *stage_2)
-    run_once(out, "ript.py", *shared, *stage_3, "--checkpoint", start)
+    first = HOME / f"{START_OF.get(name, name)}_{seed}"
+    start = run_once(first / "sft", "scripts/sft.py", *shared, *stage_2)
+    run_once(out, SCRIPTS.get(name, "ript.py"), *shared, *stage_3, "--checkpoint", start)
     report.main([str(out), "--no_video"])  # it writes the CSV files
     (RESULTS / name).mkdir(parents=True, exist_ok=True)
     for file in ("metrics", "evaluation"):

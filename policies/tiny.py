@@ -45,6 +45,7 @@ class Tiny(OpenVLAOFT):
     # Stage 2 trains all of it but the scale head.
     sft_modules = ("vision_backbone", "projector", "proprio_projector", "language_model", "action_head")
     PRESET = {}  # the suites for small policies have the settings
+    PUBLISHED = {}
     IMITATION = {}
 
     def __init__(self, statistics=None):

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import ablations, adapters, bandit, common, gpu, libero_suites, tabletop_suites
+from experiments import ablations, adapters, bandit, cards, common, gpu, grpo, libero_suites, tabletop_suites
 from ript import Context, Episode, load_suite
-from tests.conftest import (PRETRAINED, TASKS, config, demo_config, libero_or_skip, pretrained,
-                            random_observations)
+from ript_test import arguments
+from tests.conftest import (PRETRAINED, ROOT, TASKS, config, demo_config, libero_or_skip, pretrained,
+                            random_observations, rows_without_seconds)
 
 
 # ------------------------------------------------------------------------------------------ the shared runner
@@ -63,6 +64,25 @@ def test_every_experiment_is_a_run_that_ript_accepts(tmp_path):
         ript.check(config(*shared.split(), *stage_3.split(), "--out", tmp_path))
 
 
+def test_grpo_divides_by_the_groups_standard_deviation_and_nothing_else_changes(monkeypatch, tmp_path):
+    rewards = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]])
+    advantage = grpo.grpo_advantage(rewards)
+    expected = torch.tensor([[1.5, -0.5, -0.5, -0.5], [0.866, 0.866, -0.866, -0.866],
+                             [0.5, 0.5, 0.5, -1.5]])  # (R - mean) / 0.5, 0.577 and 0.5
+    torch.testing.assert_close(advantage, expected, atol=5e-4, rtol=0)
+    assert not grpo.grpo_advantage(torch.ones(2, 4, dtype=torch.bool)).any()
+    monkeypatch.setattr(ript, "leave_one_out_advantage", ript.leave_one_out_advantage)  # and back again
+    rows = {}
+    for name, program in dict(ript=ript, grpo=grpo).items():
+        program.main(arguments(max_rejected=0, iterations=1, eval_contexts=1, workers=1, out=tmp_path / name))
+        rows[name] = rows_without_seconds(tmp_path / name)[1]
+    other = {key for key in rows["ript"] if rows["ript"][key] != rows["grpo"][key]}
+    assert {"grad_norm"} <= other <= {"grad_norm", "loss", "eval_success"}
+    assert ablations.SCRIPTS.keys() <= ablations.EXPERIMENTS.keys()
+    for name, other in ablations.START_OF.items():
+        assert ablations.EXPERIMENTS[name][:2] == ablations.EXPERIMENTS[other][:2]  # one stage 2
+
+
 def test_table_and_figure_are_of_the_csv_files_and_a_wrong_name_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablations, "RESULTS", tmp_path)
     for seed in (0, 1):
@@ -97,6 +117,31 @@ def test_the_controls_are_suites_with_the_offsets_and_seeds_that_they_say():
         places.append(simulator.cube().copy())
         simulator.env.close()
     assert (places[0] == places[1]).all()
+
+
+def test_the_table_of_cards_is_computed_from_what_gpu_py_has_printed(tmp_path, monkeypatch, capsys):
+    printed = common.RESULTS / "gpu/h100.txt"
+    kept = common.read_csv(cards.MEASURED)
+    rows = cards.read_printed(printed)
+    assert [{key: str(value) for key, value in row.items()} for row in rows] == kept
+    assert dict(measure="act", batch=8, value=25.63, file="h100.txt") in rows
+    assert not any(row["measure"] == "peak_of_24_gib" and row["batch"] > 4 for row in rows)  # 8 does not fit
+    monkeypatch.setattr(cards, "RESULTS", tmp_path)
+    cards.main([])
+    table = (tmp_path / "gpu/cards.csv").read_text()
+    assert table == (common.RESULTS / "gpu/cards.csv").read_text()
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 + 12 and all(line in (ROOT / "docs/DETAILS.md").read_text() for line in said)
+    # By hand, on the card that was measured: what was measured, but for the fit of a line.
+    acted, kept = 24 * 8 * 40 / 25.63, 24 * 8 * 40 * (1 / 26.62 + 1 / 19.43)  # seconds
+    measured = {name: {row["batch"]: row["value"] for row in rows if row["measure"] == name}
+                for name in cards.LINES}
+    minutes, _ = cards.hours_of(cards.CARDS[-1], 1, 24, measured)
+    assert minutes == pytest.approx((acted + kept) / 60, rel=0.05)
+    assert cards.hours_of(cards.CARDS[-1], 4, 24, measured)[0] == pytest.approx(minutes / 4)
+    (tmp_path / "cut.txt").write_text(printed.read_text()[:3000])
+    with pytest.raises(ript.UserError, match="has no line of gpu.py for act, gradient"):
+        cards.read_printed(tmp_path / "cut.txt")
 
 
 @pytest.fixture(scope="module")
