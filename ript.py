@@ -188,14 +188,13 @@ def load_config(directory: str | Path, settings: type[Config] = Config) -> Confi
 def leave_one_out_advantage(rewards: torch.Tensor) -> torch.Tensor:
     """A_k = R_k - mean of the other K - 1 rewards of the context (Eq. 5): (C, K) -> (C, K) float.
 
-    Raises ValueError for K < 2: a single rollout has no baseline.
+    Raises ValueError for K < 2, since a single rollout has no baseline, and for another shape.
     """
-    K = rewards.shape[-1]
-    if K < 2:
-        raise ValueError(f"leave_one_out_advantage needs K >= 2 rollouts per context, got {K}")
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards must be (C, K) with K >= 2 rollouts, got {tuple(rewards.shape)}")
     rewards = rewards * 1.0  # bool and int become float
     others = rewards.sum(-1, keepdim=True) - rewards
-    return rewards - others / (K - 1)
+    return rewards - others / (rewards.shape[1] - 1)
 
 def has_signal(rewards: torch.Tensor) -> torch.Tensor:
     """The rejection rule (Algorithm 1, lines 11-14): (C, K) -> (C,) bool, False where all K are equal."""
@@ -206,18 +205,24 @@ def laplace_log_prob(action: torch.Tensor, mean: torch.Tensor, log_scale: torch.
 
     log p = sum over A of -|action - mean| / b - log(2 b) with b = exp(log_scale), in normalised action units.
     """
-    log_scale = log_scale.float()
-    distance = (action.float() - mean.float()).abs()
-    return (-distance * torch.exp(-log_scale) - log_scale - math.log(2)).sum(-1)
+    numbers = action.float(), mean.float(), log_scale.float()
+    # Where one is not finite, the density is NaN and must not reach a gradient: 0 times NaN would be NaN.
+    known = sum(numbers).isfinite().all(-1, keepdim=True)  # ... 1
+    action, mean, log_scale = (torch.where(known, number, 0.0) for number in numbers)
+    log_prob = -(action - mean).abs() * torch.exp(-log_scale) - log_scale - math.log(2)
+    return torch.where(known, log_prob, math.nan).sum(-1)
 
 def loss_weight(mask: torch.Tensor, per: str = "episode") -> torch.Tensor:
-    """The weight of each action step in the loss: mask (E, S) bool -> (E, S) float, which sums to 1.
+    """The weight of each action step in the loss: mask (E, S) bool -> (E, S) float.
 
-    mask is False where no action ran. per="episode": a mean over each episode's steps, then over episodes;
-    per="token": a mean over all steps, in which long episodes weigh more. Raises ValueError for another per.
+    mask is False where no action ran. per="episode": a mean over each episode's steps, then over episodes, of
+    which one without steps counts as 0; so the weights sum to the share of the others. per="token": a mean
+    over all steps, in which long episodes weigh more. Raises ValueError for another per or mask.
     """
     if per not in ("episode", "token"):
         raise ValueError(f"per must be 'episode' or 'token', got {per!r}")
+    if mask.ndim != 2 or mask.dtype != torch.bool:
+        raise ValueError(f"mask must be (E, S) bool, got {tuple(mask.shape)} {mask.dtype}")
     if per == "token":
         return mask / mask.sum().clamp(min=1)
     return mask / mask.sum(-1, keepdim=True).clamp(min=1) / len(mask)
@@ -229,10 +234,19 @@ def ppo_clip_loss(log_prob: torch.Tensor, old_log_prob: torch.Tensor, advantage:
     log_prob, old_log_prob (E, S); advantage (E,); weight (E, S) from loss_weight, 0 where no action ran;
     clip: eps, or a pair for [1 - low, 1 + high]. Returns the sum over weighted steps, a scalar, and such sums
     of ratio, clip_frac (where the clip cuts the gradient), approx_kl. Parts of a minibatch add up to its own.
+    Raises ValueError for other shapes, and for a mask in place of weights.
     """
-    low, high = clip if isinstance(clip, (tuple, list)) else (clip, clip)
-    # What was not executed may be anything, NaN too, and must not reach the gradient.
-    log_ratio = torch.where(weight > 0, log_prob - old_log_prob, 0.0)  # E S
+    shapes = [tuple(x.shape) for x in (log_prob, old_log_prob, weight, advantage)]
+    fit = log_prob.ndim == 2 and shapes == [shapes[0]] * 3 + [shapes[0][:1]] and weight.is_floating_point()
+    if not fit:
+        raise ValueError("log_prob, old_log_prob and weight must be (E, S) and advantage (E,), weight of "
+                         f"floats: they are {shapes}, weight is {weight.dtype}")
+    low, high = np.broadcast_to(clip, 2)  # ValueError for three
+    # What was not executed may be anything, NaN too, and must not reach the gradient. Beyond the bound, which
+    # keeps the ratio finite, in float16 too, nothing has a gradient.
+    bound = min(20, math.log(torch.finfo(log_prob.dtype).max))
+    log_ratio = torch.where(weight > 0, log_prob.float() - old_log_prob.float(), 0.0)  # E S
+    log_ratio = log_ratio.clamp(-bound, bound)
     ratio = log_ratio.exp()
     plain = ratio * advantage[:, None]
     clipped = ratio.clamp(1 - low, 1 + high) * advantage[:, None]
@@ -363,10 +377,10 @@ def compute_old_log_probs(policy: nn.Module, episodes: list[Episode], parts: lis
     for part in parts:
         log_prob = policy.log_prob([episodes[e].chunks[q] for e, q in part]).detach().cpu()  # N H
         for (e, q), row in zip(part, log_prob):
-            if not row.isfinite().all():
-                raise RuntimeError(f"log_prob is not finite in {episodes[e]}")
             # Action steps after success did not run. Of tokens all count, since each decides every step.
             counted = tokens or episodes[e].num_executed[q]
+            if not row[:counted].isfinite().all():
+                raise RuntimeError(f"log_prob is not finite in {episodes[e]}")
             mask[e, q, :counted] = True
             old[e, q] = row
             recorded[e, q] = torch.as_tensor(episodes[e].chunks[q]["log_prob"])

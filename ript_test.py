@@ -145,9 +145,10 @@ def test_the_advantage_is_the_reward_minus_the_mean_of_the_others():
             assert_close(ript.leave_one_out_advantage(rewards)[c, k], rewards[c, k] - sum(others) / 5)
 
 
-def test_a_single_rollout_has_no_baseline():
+@pytest.mark.parametrize("shape", [(3, 1), (8,), (2, 3, 8)])
+def test_a_single_rollout_has_no_baseline_and_rewards_are_groups_of_rollouts(shape):
     with pytest.raises(ValueError, match="K >= 2"):
-        ript.leave_one_out_advantage(torch.ones(3, 1))
+        ript.leave_one_out_advantage(torch.ones(shape))
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.float64])
@@ -180,6 +181,22 @@ def test_log_prob_is_the_density_of_a_laplace_in_float32_whatever_comes_in():
     assert_close(ript.laplace_log_prob(*half), ript.laplace_log_prob(*[x.float() for x in half]), 0)
 
 
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_gives_nan_and_no_gradient_to_anything(which, value):
+    """So that a step which did not run, whatever its numbers are, cannot reach a parameter."""
+    numbers = [torch.randn(2, 3, 7) for _ in range(3)]
+    numbers[which][0, 1, 2] = value
+    numbers = [number.requires_grad_() for number in numbers]
+    log_prob = ript.laplace_log_prob(*numbers)
+    assert log_prob.isnan().tolist() == [[False, True, False], [False] * 3]
+    mask = torch.tensor([[True, False, True], [True] * 3])
+    old, weight = torch.where(mask, log_prob, 0).detach(), ript.loss_weight(mask)
+    ript.ppo_clip_loss(log_prob, old, torch.tensor([1.0, -1.0]), weight)[0].backward()
+    for number in numbers:
+        assert number.grad.isfinite().all() and (number.grad[0, 1] == 0).all() and (number.grad[1] != 0).all()
+
+
 @pytest.mark.parametrize("clip", [False, True])
 def test_log_prob_and_its_gradients_agree_with_the_original(clip):
     g, name = golden("golden_math"), "clip" if clip else "noclip"
@@ -210,6 +227,8 @@ def test_weights_sum_to_one_and_make_a_mean_over_episodes_or_over_tokens():
     for per in ("episode", "token"):
         assert_close(ript.loss_weight(mask, per).sum(), 1)
         assert ript.loss_weight(torch.zeros(2, 3).bool(), per).sum() == 0
+    # An episode that was solved at its reset has no steps: its share is missing.
+    assert_close(ript.loss_weight(torch.tensor([[True, True], [False, False]])).sum(), 0.5)
     with pytest.raises(ValueError, match="episode"):
         ript.loss_weight(mask, "step")
 
@@ -253,6 +272,55 @@ def test_a_pair_clips_below_by_its_first_and_above_by_its_second(ratio, advantag
     one = torch.ones(1, 1)
     ript.ppo_clip_loss(log_prob, 0 * one, torch.tensor([advantage]), one, clip=(0.1, 0.3))[0].backward()
     assert (log_prob.grad != 0).item() == moves
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("far", [12, 100, math.inf, -100])
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+def test_a_ratio_that_is_far_off_gives_finite_numbers_and_no_gradient_where_the_clip_cuts(advantage, far, kind):
+    log_prob = torch.tensor([[float(far), 0.05]], dtype=kind, requires_grad=True)
+    weight = torch.full((1, 2), 0.5)
+    loss, stats = ript.ppo_clip_loss(log_prob, torch.zeros(1, 2, dtype=kind), torch.tensor([advantage]), weight)
+    loss.backward()
+    assert all(number.isfinite().all() for number in (loss, log_prob.grad, *stats.values()))
+    assert loss.dtype == torch.float32 and (log_prob.grad[0, 1] != 0) == (advantage != 0)
+    bound = 11 if kind == torch.float16 else 20
+    cut = advantage == 0 or (far > 0) == (advantage > 0) or abs(far) > bound
+    assert (log_prob.grad[0, 0] == 0) == cut
+    if advantage > 0 and far > 0:
+        assert_close(loss, -(1.2 + math.exp(0.05)) / 2, 1e-3)
+
+
+WRONG = dict(  # of ppo_clip_loss for 3 episodes of 5 steps: what each would make of other numbers, in silence
+    advantage_of_a_column=dict(advantage=torch.ones(3, 1)), advantage_per_step=dict(advantage=torch.ones(3, 5)),
+    advantage_of_others=dict(advantage=torch.ones(5)), one_advantage=dict(advantage=torch.tensor(1.0)),
+    weight_per_episode=dict(weight=torch.ones(3, 1)), weight_of_others=dict(weight=torch.ones(5)),
+    mask=dict(weight=torch.ones(3, 5, dtype=torch.bool)), counts=dict(weight=torch.ones(3, 5, dtype=torch.int64)),
+    old_per_episode=dict(old_log_prob=torch.zeros(3, 1)), flat=dict(log_prob=torch.zeros(15)),
+    per_dimension=dict(log_prob=torch.zeros(3, 5, 7)), three_clips=dict(clip=(0.1, 0.2, 0.3)),
+    clip_per_step=dict(clip=torch.full((5,), 0.2)))
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_shapes_that_would_broadcast_to_other_numbers_are_refused(wrong):
+    right = dict(log_prob=torch.zeros(3, 5), old_log_prob=torch.zeros(3, 5), advantage=torch.ones(3),
+                 weight=torch.full((3, 5), 1 / 15))
+    ript.ppo_clip_loss(**right)
+    with pytest.raises(ValueError, match=r"\(.*,.*\)|shape"):
+        ript.ppo_clip_loss(**right | WRONG[wrong])
+
+
+def test_columns_that_are_all_of_one_axis_are_refused_too():
+    """(E,) each: an advantage beside it would make (E, E) of it."""
+    one = torch.ones(4)
+    with pytest.raises(ValueError, match=r"must be \(E, S\)"):
+        ript.ppo_clip_loss(one, one, one, one)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(5).bool(), torch.ones(3, 5), torch.ones(2, 3, 5).bool()])
+def test_a_mask_is_bool_for_episodes_and_steps(mask):
+    with pytest.raises(ValueError, match=r"must be \(E, S\) bool, got \("):
+        ript.loss_weight(mask)
 
 
 @pytest.mark.parametrize("sign,advantage", [("advpos", 0.625), ("advneg", -0.375)])
@@ -646,6 +714,19 @@ def test_action_steps_after_success_do_not_count():
         updated(policy, episodes)
         moved.append(weights_of(policy))
     assert (moved[0] == moved[1]).all()
+
+
+def test_a_step_that_did_not_run_may_be_anything():
+    moved = []
+    for value in (0.0, math.nan, math.inf):
+        policy = trained_policy()
+        policy.scale_head.requires_grad_(True)
+        episodes = made_up_episodes(policy)
+        for episode in episodes:
+            episode.chunks[-1]["sample"][3] = value
+        assert math.isfinite(updated(policy, episodes)["loss"])
+        moved.append(torch.cat([weights_of(policy), policy.scale_head.bias.detach()]))
+    assert (moved[0] == moved[1]).all() and (moved[0] == moved[2]).all()
 
 
 def test_an_update_starts_at_ratio_one_and_makes_rewarded_actions_likelier():

@@ -56,8 +56,12 @@ def sde_step(x, velocity, t, d, a):
     return (1 - t + d) * clean + (t - d - s ** 2 * d / (2 * t)) * noise, s * math.sqrt(d)
 
 def gaussian_log_prob(x, mean, std):
-    """Log-density of independent Gaussians, (..., A) each -> (...), summed over A."""
-    return (-((x - mean) / std) ** 2 / 2 - torch.log(std) - math.log(2 * math.pi) / 2).sum(-1)
+    """Log-density of independent Gaussians, (..., A) each -> (...), summed over A. Where a number is not finite
+    it is NaN and without gradient, as in ript.laplace_log_prob."""
+    known = (x + mean + std).isfinite().all(-1, keepdim=True)  # ... 1
+    x, mean, std = (torch.where(known, number, 1.0) for number in (x, mean, std))
+    log_prob = -((x - mean) / std) ** 2 / 2 - torch.log(std) - math.log(2 * math.pi) / 2
+    return torch.where(known, log_prob, math.nan).sum(-1)
 
 # -------------------------------------------------------------------------------------------------- Policy
 class Pi0(nn.Module):

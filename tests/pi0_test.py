@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributions import Normal
 from transformers import PI0Config, PI0ForConditionalGeneration
 
-from policies.pi0 import Pi0
+from policies.pi0 import Pi0, gaussian_log_prob
 from tests.conftest import libero_or_skip
 
 FILE = Path(__file__).resolve().parents[1] / "policies/pi0.py"
@@ -181,6 +181,18 @@ def test_noise_in_the_last_step_alone_has_the_published_mean_and_std_and_is_scor
     expected = Normal(mean, std).log_prob(sample).sum(-1)
     near(np.stack([r["log_prob"] for r in chunks]), expected, 1e-4)
     assert chunks[0]["scale"] == pytest.approx(std.item())
+
+@pytest.mark.parametrize("which", range(3))
+def test_a_step_that_is_not_finite_has_no_density_and_no_gradient(which):
+    numbers = [torch.rand(2, 3, 7) + 0.5 for _ in range(3)]
+    numbers[which][0, 1, 2] = np.nan
+    numbers = [number.requires_grad_() for number in numbers]
+    log_prob = gaussian_log_prob(*numbers)
+    assert log_prob.isnan().tolist() == [[False, True, False], [False] * 3]
+    log_prob.nan_to_num().sum().backward()
+    for number in numbers:
+        assert number.grad.isfinite().all() and (number.grad[0, 1] == 0).all() and (number.grad[1] != 0).all()
+
 
 def test_log_prob_is_what_act_recorded_whatever_the_batch(policy):
     chunks = act(policy)
