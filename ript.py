@@ -29,12 +29,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
 import asyncio
 import fcntl
+import hashlib
 import inspect
 import json
 import math
 import pickle
 import pkgutil
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -69,18 +71,24 @@ ALIASES = dict(libero_long="libero_10")
 RENAMED = dict(passes="ppo_epochs", momentum="adam_beta1", clip="clip_coef", prefix="attention_mode")
 # What --resume may change. With --anneal, the learning rate follows the new number of iterations.
 CHANGEABLE = "resume", "iterations", "workers", "device", "eval_every", "micro_batch"
+LOGGED = "scale", "at_low", "at_high"  # of the action chunks, as means over all queries
 TRAIN_SEEDS = 10_000_000  # training contexts have seeds from here on, and evaluation has 0, 1, 2, ...
-# The number of this process and of all processes, as torchrun sets them.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# The number of this process and of all, then the same of its machine, as torchrun sets them; -1 is no number.
+LAUNCHED = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(text) if text.isdecimal() else -1 for text in map(
+    os.environ.get, LAUNCHED, LAUNCHED.values()))
 
-def cores() -> int:
+def cores(quota=Path("/sys/fs/cgroup/cpu.max")) -> int:
     """How many cores a process may use. macOS does not say, and has no limits either."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
-    return len(allowed) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with suppress(OSError, ValueError):  # no such file, or "max": a container without a quota
+        microseconds, period = map(int, quota.read_text().split())
+        allowed = min(allowed, math.ceil(microseconds / period))
+    return allowed // max(1, LOCAL_WORLD)
 
 def option(default, text, least=1, choices=None):
     """A field of Config: its default, what argparse is told, and the least value of a whole number."""
-    words = dict(type=type(default), choices=choices, help=f"{text} (default: {default!r})")
+    words = dict(type=type(default), choices=choices, help=f"{text} (default: {default!r}, or a preset's)")
     if default is False:
         words = dict(type=json.loads, choices=(True, False), nargs="?", const=True, help=text)
     return field(default=default, metadata=dict(words=words, least=least))
@@ -173,6 +181,10 @@ def parse_config(argv: list[str], settings: type[Config] = Config, stage: str = 
     require(cfg.control_step == control_step, f"--control_step is {cfg.control_step}, but here {suite} has "
             f"{control_step}: simulators/libero.py beside ript.py has the fast one")
     return replace(cfg, out=cfg.resume or cfg.out)
+
+def identity(cfg: Config) -> dict:
+    """The settings that make a run what it is: all but its place and those that --resume may change."""
+    return {name: value for name, value in asdict(cfg).items() if name not in ("out", *CHANGEABLE)}
 
 def load_config(directory: str | Path, settings: type[Config] = Config) -> Config:
     """The settings that a run has written into its config.json."""
@@ -278,20 +290,23 @@ async def rollout(simulator: "Simulator", episode: Episode, actor: "Actor", hori
     left = horizon
     while left > 0 and not result.success:
         chunk = await actor.act(result.observation, episode)
-        actions = chunk.pop("actions")[:left]
+        actions = chunk.pop("actions")
         if not np.isfinite(actions).all():
             raise RuntimeError(f"an action is not finite in {episode}")
-        result = await simulator.call("step", actions)
+        chunk_size = actor.policy.chunk
+        require(len(actions) == chunk_size, f"act gives {len(actions)} action steps, chunk is {chunk_size}")
+        result = await simulator.call("step", actions[:left])
         left -= result.num_executed
         episode.chunks.append(chunk)
         episode.num_executed.append(result.num_executed)
+    require(result.success in (False, True), f"success must be True or False, got {result.success!r}")
     episode.success = bool(result.success)
 
 class Actor:
     """Asks the policy for actions. Rollouts that wait at the same time share a forward."""
     def __init__(self, policy: nn.Module, batch: int):
         self.policy, self.batch = policy, batch  # observations per forward; 0: all that wait
-        self.waiting = []
+        self.waiting, self.checked = [], False
 
     async def act(self, observation, episode: Episode) -> dict:
         """An episode's next action chunk."""
@@ -319,11 +334,25 @@ class Actor:
             generators = [None if e.deterministic else np.random.default_rng((*e.seed_key, len(e.chunks)))
                           for e in episodes]
             chunks = self.policy.act(observations, instructions, generators)
+            self.check(chunks[0])
         except Exception as error:
             return futures[0].set_exception(error)  # which ends all rollouts
         for future, chunk in zip(futures, chunks):
             if not future.done():  # where another rollout has failed, all are cancelled
                 future.set_result(chunk)
+
+    def check(self, chunk):
+        """Raise UserError unless the first chunk is as it must be: an update would notice it too late."""
+        if self.checked:
+            return
+        with trying("use the policy's action chunks"):
+            columns = getattr(self.policy, "tokens_per_query", 0) or self.policy.chunk
+            log_prob = self.policy.log_prob([chunk])
+            found = np.shape(chunk["log_prob"]), tuple(log_prob.shape), log_prob.requires_grad
+            learns = any(p.requires_grad for p in self.policy.parameters())
+            require(found == ((columns,), (1, columns), learns), "log_prob of and in a chunk must have "
+                    f"{columns} columns, and a gradient: the shapes are {found[:2]}, a gradient {found[2]}")
+            self.checked = [float(chunk.get(name, 0)) for name in LOGGED], self.policy.save
 
 def collect(policy: nn.Module, simulators: "Simulators", context_of: Callable[[int], "Context"],
             state: "TrainState", cfg: Config) -> tuple[list[Episode], dict]:
@@ -556,9 +585,10 @@ class Suite:
         """Run actions (H, A), one after another, until success."""
         for number, action in enumerate(actions, 1):
             self.control_step(action)
-            if self.success():
-                return StepResult(number, True, None)
-        return StepResult(len(actions), False, self.get_observation())
+            success = self.success()
+            if success:
+                return StepResult(number, success, None)
+        return StepResult(len(actions), success, self.get_observation())
 
 class Robosuite(Suite):
     """What suites in robosuite share: a Panda arm and two cameras."""
@@ -647,6 +677,8 @@ def load_class(known: dict, base: type, name: str) -> type:
     place = file.replace(".", "/") + ".py"
     require(name not in known or (HERE / place).exists(), f"{name} is {place} of ript.py's repository, which "
             f"is not beside {HERE}/ript.py: get the whole repository, or give FILE.py:Class")
+    if file.endswith(".py"):  # its neighbours can be imported, after what is beside ript.py
+        sys.path[1:1] = {str(Path(file).resolve().parent)} - set(sys.path)
     with reading(file):
         found = runpy.run_path(file).get(attribute) if file.endswith(".py") else pkgutil.resolve_name(path)
     require(isinstance(found, type) and issubclass(found, base), f"{name} is no subclass of {base.__name__}")
@@ -669,6 +701,7 @@ def load_suite(name: str) -> type[Suite] | Libero:
 def tasks_of(cfg: Config) -> dict[int, str]:
     """Numbers and instructions of the tasks that a run is about."""
     texts = dict(enumerate(load_suite(cfg.suite).INSTRUCTIONS))
+    require(texts and min(map(len, texts.values())) > 1, f"{cfg.suite} needs INSTRUCTIONS, a text per task")
     require(cfg.task < len(texts), f"--task must be below {len(texts)} for {cfg.suite}, got {cfg.task}")
     return texts if cfg.task < 0 else {cfg.task: texts[cfg.task]}
 
@@ -809,13 +842,15 @@ class Simulators:
 @contextmanager
 def open_simulators(cfg: Config):
     """The simulators of this process, within a with statement. Raises UserError if they do not start."""
-    simulators = Simulators(cfg)
+    with trying(f"start {cfg.workers} simulators (are fewer --workers possible?)"):
+        simulators = Simulators(cfg)
     try:
-        asyncio.run(simulators.all[0].call("make_env", next(iter(tasks_of(cfg)))))
+        try:
+            asyncio.run(simulators.all[0].call("make_env", next(iter(tasks_of(cfg)))))
+        except SimulatorError as error:
+            hint = " (it needs libegl1 and libgl1-mesa-dri on Debian)" if "egl" in str(error).lower() else ""
+            raise UserError(f"the simulator does not start{hint}: {str(error).splitlines()[-1]}")
         yield simulators
-    except SimulatorError as error:
-        raise UserError("the simulator does not start (it needs libegl1 and libgl1-mesa-dri on Debian, and "
-                        f"for LIBERO the meshes of libero-download-assets): {str(error).splitlines()[-1]}")
     finally:
         for simulator in simulators.all:
             simulator.close()
@@ -823,13 +858,19 @@ def open_simulators(cfg: Config):
 # ---------------------------------------------------------------------- 5. Ranks, evaluation, files and main
 def init_distributed(device: str):
     """Make the processes that torchrun started one group: NCCL on GPUs, gloo on CPUs."""
+    names = *LAUNCHED, "MASTER_ADDR", "MASTER_PORT"
+    said = {name: os.environ[name] for name in names if name in os.environ}
+    fits = 0 <= RANK < WORLD and 0 <= LOCAL_RANK < LOCAL_WORLD <= WORLD and (WORLD == 1 or len(said) == 6)
+    require(fits, f"the environment has {said}, which torchrun would set otherwise: start several processes "
+            "with torchrun, or a single one without these variables")
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(LOCAL_RANK)
     if WORLD > 1:
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # rank 0 speaks for all
         # When a process dies, torchrun ends those of its machine; those of other machines wait for an hour.
         backend = "nccl" if device.startswith("cuda") else "gloo"
-        distributed.init_process_group(backend, timeout=timedelta(hours=1))
+        with trying("join the processes of torchrun"):
+            distributed.init_process_group(backend, timeout=timedelta(hours=1))
 
 def all_gather(value: object) -> list:
     """The value of every process."""
@@ -886,13 +927,12 @@ def rollout_stats(groups: list[list[Episode]]) -> dict:
     rewards = rewards_of(groups)  # C K
     episodes = [episode for group in groups for episode in group]
     chunks = [chunk for episode in episodes for chunk in episode.chunks]
-    logged = "scale", "at_low", "at_high"  # of the action chunks, as means over all queries
     stats = all_reduce_sum(dict(
         kept=has_signal(rewards).sum().item(), all_success=rewards.all(-1).sum().item(),
         all_fail=(~rewards).all(-1).sum().item(), rollouts=len(episodes), successes=rewards.sum().item(),
         queries=len(chunks), env_steps=sum(sum(episode.num_executed) for episode in episodes),
-        **{name: sum(chunk.get(name, 0.0) for chunk in chunks) for name in logged}))
-    stats |= {name: stats[name] / stats["queries"] for name in logged}
+        **{name: sum(float(chunk.get(name, 0.0)) for chunk in chunks) for name in LOGGED}))
+    stats |= {name: stats[name] / max(stats["queries"], 1) for name in LOGGED}
     return stats | dict(rollout_success=stats["successes"] / stats["rollouts"])
 
 def evaluation_contexts(cfg: Config) -> list[Context]:
@@ -909,7 +949,8 @@ def training_context(number: int, cfg: Config) -> Context:
         require(states_of, f"--demos is for suites of LIBERO (simulators/libero.py), {cfg.suite} is none")
         demos = [(*task, 0, state) for task in tasks for state in states_of(cfg.demos, task[0])]
         return Context(*demos[np.random.default_rng([cfg.seed, number]).integers(len(demos))])
-    return Context(*tasks[number % len(tasks)], TRAIN_SEEDS * (cfg.seed + 1) + number)
+    # The scenes of --seed 427 are again those of 0. Seeds beyond 2 ** 32 would be those of held-out ones.
+    return Context(*tasks[number % len(tasks)], TRAIN_SEEDS * (cfg.seed % 427 + 1) + number)
 
 def evaluate(policy: nn.Module, simulators: Simulators, contexts: list[Context], cfg: Config,
              name: str) -> float:
@@ -920,44 +961,46 @@ def evaluate(policy: nn.Module, simulators: Simulators, contexts: list[Context],
     mine = {f"{cfg.suite} {e.context.task} {e.context.seed}": int(e.success) for e in episodes}
     outcomes = dict(sorted(all_reduce_sum(mine).items()))  # 1 for a success
     if RANK == 0:
+        found = dict(settings=identity(cfg), policy=fingerprint(policy), outcomes=outcomes)
         with writing(Path(cfg.out, f"evaluation_{name}.json")) as file:
-            file.write_text(json.dumps(outcomes))
+            file.write_text(json.dumps(found))
     print(f"{name}: {sum(outcomes.values())} of {len(outcomes)} held-out contexts", flush=True)
     return sum(outcomes.values()) / len(outcomes)
 
 @contextmanager
-def reading(path: str | Path):
-    """Whatever goes wrong within becomes a UserError that names the file."""
+def trying(what: str):
+    """Whatever goes wrong within becomes a UserError that says what could not be done."""
     try:
         yield
-    except UserError:  # which has its sentence already
-        raise
-    except Exception as error:  # each library has its own for a damaged file
-        raise UserError(f"cannot read {path}: {type(error).__name__}: {error}") from error
+    except Exception as error:  # each library has its own for a damaged file and for a full disk
+        text = f"cannot {what}: {type(error).__name__}: {error}"
+        raise error if isinstance(error, UserError) else UserError(text) from error
+
+def reading(path: str | Path):
+    """The same for a file that is read within."""
+    return trying(f"read {path}")
 
 @contextmanager
 def writing(path: Path):
     """Give a temporary path to write to, and rename it at the end: a file is written whole or not at all."""
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except Exception as error:  # each library has its own for a full disk
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {type(error).__name__}: {error}") from error
+    with trying(f"write {path}"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 def lock_run_dir(out: Path):
     """Keep the directory of a run from other runs, for as long as the file that this returns is open."""
-    try:
+    with trying(f"write {out}"):
         out.mkdir(parents=True, exist_ok=True)
         file = open(out / ".lock", "w")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
-    except BlockingIOError:
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
         raise UserError(f"another run is using {out}: choose another --out")
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error}")
 
 @dataclass
 class TrainState:
@@ -976,42 +1019,84 @@ def log_iteration(state: TrainState, stats: dict):
     texts = [f"{word} {stats[name]:.3g}" for word, name in shown.items() if name in stats]
     print("  ".join([f"iteration {state.iteration}", *texts]), flush=True)
 
+def save_policy(policy: nn.Module, directory: Path):
+    """Write a policy's directory, whose files appear together."""
+    new, old = (directory.with_name(f"{directory.name}.tmp{number}") for number in (1, 2))
+    with trying(f"write {directory}"):
+        shutil.rmtree(new, ignore_errors=True)  # what a run that was killed has left
+        policy.save(new)
+        if directory.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            directory.rename(old)
+        new.rename(directory)
+        shutil.rmtree(old, ignore_errors=True)
+
+def fingerprint(policy: nn.Module, trained: bool = True) -> str:
+    """What tells a policy from others or, without what trains, its base: names, shapes and up to 2 ** 15
+    numbers of each tensor, and policy.constants, where it has any: what else its actions depend on."""
+    found = [getattr(policy, "constants", None)]
+    for name, p in policy.state_dict(keep_vars=True).items():
+        if trained or not p.requires_grad:
+            sample = p.detach().flatten()[::p.numel() // 2 ** 15 + 1].double().cpu().numpy()
+            found += [name, tuple(p.shape), hashlib.sha256(sample).hexdigest()]
+    return hashlib.sha256(repr(found).encode()).hexdigest()
+
 def save_run(out: Path, policy: nn.Module, optimizer, state: TrainState):
     """Write last/, best/, metrics.jsonl and, for --resume, run.pt."""
     success = state.history[-1].get("eval_success", -1.0)
     is_best, state.best = success > state.best, max(state.best, success)
     if RANK > 0:
         return
-    policy.save(out / "last")
+    save_policy(policy, out / "last")
     if is_best:
-        policy.save(out / "best")
+        save_policy(policy, out / "best")
     with writing(out / "metrics.jsonl") as file:
         file.write_text("".join(json.dumps(row) + "\n" for row in state.history))
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    saved = dict(base=fingerprint(policy, False), policy=trained, optimizer=optimizer.state_dict())
     with writing(out / "run.pt") as file:
-        torch.save(asdict(state) | dict(policy=trained, optimizer=optimizer.state_dict()), file)
+        torch.save(asdict(state) | saved, file)
 
 def load_run(path: Path, policy: nn.Module, optimizer) -> TrainState:
     """Fill policy and optimizer from what save_run wrote."""
     with reading(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        same = saved.pop("base", None) in (None, fingerprint(policy, False))  # None: of an earlier version
+        require(same, f"{path} was trained on another base: what the run started from has changed since")
+        wrong = saved["policy"].keys() ^ {name for name, p in policy.named_parameters() if p.requires_grad}
+        require(not wrong, f"{path} has other weights than the policy trains: {', '.join(sorted(wrong)[:3])}")
         policy.load_state_dict(saved.pop("policy"), strict=False)
         optimizer.load_state_dict(saved.pop("optimizer"))
         return TrainState(**saved)
 
+def check_out(cfg: Config):
+    """Raise UserError unless cfg.out is apart from what the run reads, and new or begun by a run like it."""
+    out, held = Path(cfg.out).resolve(), {path.name for path in Path(cfg.out).glob("[!.]*")}
+    for name in ("checkpoint", "adapter", "scale_head", "demos"):
+        path = Path(getattr(cfg, name) or os.devnull).resolve()
+        apart = not path.exists() or not (path.is_relative_to(out) or out.is_relative_to(path))
+        require(apart, f"--out {cfg.out} is, holds or lies in --{name} {path}: choose another --out")
+    run = {"run.pt", "last"} & held
+    require(not run, f"{cfg.out} has a run: go on with --resume {cfg.out}, or choose another --out")
+    own = type(cfg) is Config and "config.json" in held and load_config(out).eval == cfg.eval
+    free = own or all(".tmp" in name for name in held)  # which a run that was killed may leave
+    require(cfg.out and free, f"--out must name a new directory: {cfg.out!r} has {sorted(held)[:3]}")
+
 def check(cfg: Config):
     """Raise UserError for what can be known to go wrong before any long work starts."""
-    taken = not cfg.resume and Path(cfg.out, "run.pt").exists()
-    require(not taken, f"{cfg.out} has a run: go on with --resume {cfg.out}, or choose another --out")
+    if not cfg.resume:
+        check_out(cfg)
     require(cfg.groups % WORLD == 0, f"--groups must be a multiple of the {WORLD} processes")
+    require(cfg.minibatch >= WORLD, f"--minibatch must be at least the number of processes, {WORLD}")
     preprocess = inspect.getattr_static(load_policy(cfg.model), "preprocess", None)
     require(isinstance(preprocess, (classmethod, staticmethod)), f"{cfg.model} needs preprocess as a class "
             "method, since simulators call it in their own processes")
+    with trying(f"use the HORIZON of {cfg.suite}"):
+        horizons = [range(horizon_of(load_suite(cfg.suite), task)) for task in tasks_of(cfg)]
+        require(all(horizons), f"{cfg.suite} needs a HORIZON of one control step at least for every task")
     training_context(0, cfg)
-    try:
-        torch.empty(0, device=cfg.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {cfg.device} cannot be used: {error}") from error
+    with trying(f"use --device {cfg.device}"):
+        torch.zeros(1, device=cfg.device).item()
 
 def run_command(main: Callable[[], object]):
     """Run a script's main(). A UserError is one sentence and exit status 2."""
@@ -1019,8 +1104,8 @@ def run_command(main: Callable[[], object]):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         main()
-    except UserError as error:
-        name = Path(sys.argv[0]).name + (f", process {RANK}" if RANK else "")
+    except (UserError, OSError) as error:
+        name = Path(sys.argv[0]).name + (f", process {RANK}" if RANK > 0 else "")
         print(f"{name}: {' '.join(str(error).split())[:500]}", file=sys.stderr, flush=True)
         sys.exit(2)
     if WORLD > 1:  # not after an error, when the other processes may never answer
