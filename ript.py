@@ -73,15 +73,15 @@ RENAMED = dict(passes="ppo_epochs", momentum="adam_beta1", clip="clip_coef", pre
 CHANGEABLE = "resume", "iterations", "workers", "device", "eval_every", "micro_batch"
 LOGGED = "scale", "at_low", "at_high"  # of the action chunks, as means over all queries
 TRAIN_SEEDS = 10_000_000  # training contexts have seeds from here on, and evaluation has 0, 1, 2, ...
-# The number of this process and of all, then the same of its machine, as torchrun sets them; -1 is no number.
-LAUNCHED = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(text) if text.isdecimal() else -1 for text in map(
-    os.environ.get, LAUNCHED, LAUNCHED.values()))
+# What torchrun sets: the number of this process and of all, the same within its machine, and where they meet.
+LAUNCH = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+LAUNCHED = map(os.environ.get, LAUNCH, "0101")  # without a launcher, process 0 of 1
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(text) if text.isdecimal() else -1 for text in LAUNCHED)
 
 def cores(quota=Path("/sys/fs/cgroup/cpu.max")) -> int:
     """How many cores a process may use. macOS does not say, and has no limits either."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with suppress(OSError, ValueError):  # no such file, or "max": a container without a quota
+    with suppress(OSError, ValueError):  # a container's quota, or "max"
         microseconds, period = map(int, quota.read_text().split())
         allowed = min(allowed, math.ceil(microseconds / period))
     return allowed // max(1, LOCAL_WORLD)
@@ -182,10 +182,6 @@ def parse_config(argv: list[str], settings: type[Config] = Config, stage: str = 
             f"{control_step}: simulators/libero.py beside ript.py has the fast one")
     return replace(cfg, out=cfg.resume or cfg.out)
 
-def identity(cfg: Config) -> dict:
-    """The settings that make a run what it is: all but its place and those that --resume may change."""
-    return {name: value for name, value in asdict(cfg).items() if name not in ("out", *CHANGEABLE)}
-
 def load_config(directory: str | Path, settings: type[Config] = Config) -> Config:
     """The settings that a run has written into its config.json."""
     path = Path(directory, "config.json")
@@ -193,7 +189,7 @@ def load_config(directory: str | Path, settings: type[Config] = Config) -> Confi
         saved = json.loads(path.read_text())
         unknown = saved.keys() - {option.name for option in fields(settings)}
         require(not unknown, f"{path} has settings that are not of this version of ript.py "
-                f"({', '.join(sorted(unknown))}): start a new run")
+                f"({', '.join(sorted(unknown)[:3])}): start a new run")
         return settings(**saved)
 
 # --------------------------------------------------------------------------------------- 2. The algorithm
@@ -290,12 +286,10 @@ async def rollout(simulator: "Simulator", episode: Episode, actor: "Actor", hori
     left = horizon
     while left > 0 and not result.success:
         chunk = await actor.act(result.observation, episode)
-        actions = chunk.pop("actions")
+        actions = chunk.pop("actions")[:left]
         if not np.isfinite(actions).all():
             raise RuntimeError(f"an action is not finite in {episode}")
-        chunk_size = actor.policy.chunk
-        require(len(actions) == chunk_size, f"act gives {len(actions)} action steps, chunk is {chunk_size}")
-        result = await simulator.call("step", actions[:left])
+        result = await simulator.call("step", actions)
         left -= result.num_executed
         episode.chunks.append(chunk)
         episode.num_executed.append(result.num_executed)
@@ -334,7 +328,8 @@ class Actor:
             generators = [None if e.deterministic else np.random.default_rng((*e.seed_key, len(e.chunks)))
                           for e in episodes]
             chunks = self.policy.act(observations, instructions, generators)
-            self.check(chunks[0])
+            if not self.checked and hasattr(self.policy, "log_prob"):  # which collect does not need
+                self.check(chunks[0])
         except Exception as error:
             return futures[0].set_exception(error)  # which ends all rollouts
         for future, chunk in zip(futures, chunks):
@@ -343,16 +338,16 @@ class Actor:
 
     def check(self, chunk):
         """Raise UserError unless the first chunk is as it must be: an update would notice it too late."""
-        if self.checked:
-            return
-        with trying("use the policy's action chunks"):
-            columns = getattr(self.policy, "tokens_per_query", 0) or self.policy.chunk
-            log_prob = self.policy.log_prob([chunk])
-            found = np.shape(chunk["log_prob"]), tuple(log_prob.shape), log_prob.requires_grad
-            learns = any(p.requires_grad for p in self.policy.parameters())
-            require(found == ((columns,), (1, columns), learns), "log_prob of and in a chunk must have "
-                    f"{columns} columns, and a gradient: the shapes are {found[:2]}, a gradient {found[2]}")
-            self.checked = [float(chunk.get(name, 0)) for name in LOGGED], self.policy.save
+        policy, self.checked = self.policy, True
+        with trying("the policy's action chunks", "use"):
+            T, log_prob = getattr(policy, "tokens_per_query", 0) or policy.chunk, policy.log_prob([chunk])
+            wanted = policy.chunk, (T,), (1, T)
+            found = len(chunk["actions"]), np.shape(chunk["log_prob"]), tuple(log_prob.shape)
+            require(found == wanted, "the number of actions and the shapes of log_prob in and of a chunk are "
+                    f"{found}, they must be {wanted}")
+            learns = log_prob.requires_grad or not any(p.requires_grad for p in policy.parameters())
+            finite = math.isfinite(sum(float(chunk.get(name, 0)) for name in LOGGED))
+            require(learns and finite, f"log_prob needs a gradient, and {', '.join(LOGGED)} are numbers")
 
 def collect(policy: nn.Module, simulators: "Simulators", context_of: Callable[[int], "Context"],
             state: "TrainState", cfg: Config) -> tuple[list[Episode], dict]:
@@ -700,8 +695,12 @@ def load_suite(name: str) -> type[Suite] | Libero:
 
 def tasks_of(cfg: Config) -> dict[int, str]:
     """Numbers and instructions of the tasks that a run is about."""
-    texts = dict(enumerate(load_suite(cfg.suite).INSTRUCTIONS))
-    require(texts and min(map(len, texts.values())) > 1, f"{cfg.suite} needs INSTRUCTIONS, a text per task")
+    suite = load_suite(cfg.suite)
+    texts = dict(enumerate(suite.INSTRUCTIONS))
+    with trying(f"the HORIZON of {cfg.suite}", "use"):
+        some = all(range(horizon_of(suite, task)) for task in texts)
+    fits = some and min(map(len, texts.values()), default=0) > 1
+    require(fits, f"{cfg.suite} needs INSTRUCTIONS, a text per task, and a HORIZON above 0")
     require(cfg.task < len(texts), f"--task must be below {len(texts)} for {cfg.suite}, got {cfg.task}")
     return texts if cfg.task < 0 else {cfg.task: texts[cfg.task]}
 
@@ -842,7 +841,7 @@ class Simulators:
 @contextmanager
 def open_simulators(cfg: Config):
     """The simulators of this process, within a with statement. Raises UserError if they do not start."""
-    with trying(f"start {cfg.workers} simulators (are fewer --workers possible?)"):
+    with trying(f"{cfg.workers} simulators, try fewer --workers", "start"):
         simulators = Simulators(cfg)
     try:
         try:
@@ -858,18 +857,17 @@ def open_simulators(cfg: Config):
 # ---------------------------------------------------------------------- 5. Ranks, evaluation, files and main
 def init_distributed(device: str):
     """Make the processes that torchrun started one group: NCCL on GPUs, gloo on CPUs."""
-    names = *LAUNCHED, "MASTER_ADDR", "MASTER_PORT"
-    said = {name: os.environ[name] for name in names if name in os.environ}
-    fits = 0 <= RANK < WORLD and 0 <= LOCAL_RANK < LOCAL_WORLD <= WORLD and (WORLD == 1 or len(said) == 6)
-    require(fits, f"the environment has {said}, which torchrun would set otherwise: start several processes "
-            "with torchrun, or a single one without these variables")
+    said = {name: os.environ[name] for name in LAUNCH if name in os.environ}
+    fits = 0 <= RANK < WORLD and 0 <= LOCAL_RANK < LOCAL_WORLD <= WORLD
+    require(fits and (WORLD == 1 or "MASTER_PORT" in said), f"the environment has {said}, which "
+            "torchrun would set otherwise: start processes with torchrun, or one without these variables")
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
     if WORLD > 1:
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # rank 0 speaks for all
         # When a process dies, torchrun ends those of its machine; those of other machines wait for an hour.
         backend = "nccl" if device.startswith("cuda") else "gloo"
-        with trying("join the processes of torchrun"):
+        with trying("torchrun's processes", "join"):
             distributed.init_process_group(backend, timeout=timedelta(hours=1))
 
 def all_gather(value: object) -> list:
@@ -958,33 +956,35 @@ def evaluate(policy: nn.Module, simulators: Simulators, contexts: list[Context],
     episodes = [Episode(context, deterministic=True) for context in contexts[RANK::WORLD]]
     rollouts = simulators.run_episodes(rollout, episodes, Actor(policy, cfg.act_batch))
     simulators.run([rollouts], [episodes], f"evaluation {name}")
+    acted = any(episode.chunks for episode in episodes) or not episodes
+    require(acted, f"every held-out context of {cfg.suite} is solved at its reset")
     mine = {f"{cfg.suite} {e.context.task} {e.context.seed}": int(e.success) for e in episodes}
     outcomes = dict(sorted(all_reduce_sum(mine).items()))  # 1 for a success
     if RANK == 0:
-        found = dict(settings=identity(cfg), policy=fingerprint(policy), outcomes=outcomes)
+        settings = {name: value for name, value in asdict(cfg).items() if name not in ("out", *CHANGEABLE)}
+        found = dict(settings=settings, policy=fingerprint(policy), outcomes=outcomes)
         with writing(Path(cfg.out, f"evaluation_{name}.json")) as file:
             file.write_text(json.dumps(found))
     print(f"{name}: {sum(outcomes.values())} of {len(outcomes)} held-out contexts", flush=True)
     return sum(outcomes.values()) / len(outcomes)
 
 @contextmanager
-def trying(what: str):
-    """Whatever goes wrong within becomes a UserError that says what could not be done."""
+def trying(what: object, verb: str = "read"):
+    """Whatever goes wrong within becomes a UserError that says what could not be read, or done."""
     try:
         yield
+    except UserError:  # which has its sentence already
+        raise
     except Exception as error:  # each library has its own for a damaged file and for a full disk
-        text = f"cannot {what}: {type(error).__name__}: {error}"
-        raise error if isinstance(error, UserError) else UserError(text) from error
+        raise UserError(f"cannot {verb} {what}: {type(error).__name__}: {error}") from error
 
-def reading(path: str | Path):
-    """The same for a file that is read within."""
-    return trying(f"read {path}")
+reading = trying
 
 @contextmanager
 def writing(path: Path):
     """Give a temporary path to write to, and rename it at the end: a file is written whole or not at all."""
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
-    with trying(f"write {path}"):
+    with trying(path, "write"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
@@ -994,7 +994,7 @@ def writing(path: Path):
 
 def lock_run_dir(out: Path):
     """Keep the directory of a run from other runs, for as long as the file that this returns is open."""
-    with trying(f"write {out}"):
+    with trying(out, "write"):
         out.mkdir(parents=True, exist_ok=True)
         file = open(out / ".lock", "w")
         with suppress(BlockingIOError):
@@ -1022,7 +1022,7 @@ def log_iteration(state: TrainState, stats: dict):
 def save_policy(policy: nn.Module, directory: Path):
     """Write a policy's directory, whose files appear together."""
     new, old = (directory.with_name(f"{directory.name}.tmp{number}") for number in (1, 2))
-    with trying(f"write {directory}"):
+    with trying(directory, "write"):
         shutil.rmtree(new, ignore_errors=True)  # what a run that was killed has left
         policy.save(new)
         if directory.exists():
@@ -1037,7 +1037,8 @@ def fingerprint(policy: nn.Module, trained: bool = True) -> str:
     found = [getattr(policy, "constants", None)]
     for name, p in policy.state_dict(keep_vars=True).items():
         if trained or not p.requires_grad:
-            sample = p.detach().flatten()[::p.numel() // 2 ** 15 + 1].double().cpu().numpy()
+            places = torch.linspace(0, p.numel() - 1, min(p.numel(), 2 ** 15), dtype=torch.float64).long()
+            sample = p.detach().flatten()[places.to(p.device)].double().cpu().numpy()
             found += [name, tuple(p.shape), hashlib.sha256(sample).hexdigest()]
     return hashlib.sha256(repr(found).encode()).hexdigest()
 
@@ -1062,9 +1063,9 @@ def load_run(path: Path, policy: nn.Module, optimizer) -> TrainState:
     with reading(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         same = saved.pop("base", None) in (None, fingerprint(policy, False))  # None: of an earlier version
-        require(same, f"{path} was trained on another base: what the run started from has changed since")
+        require(same, f"cannot read {path}: it was trained on another base, which has changed since")
         wrong = saved["policy"].keys() ^ {name for name, p in policy.named_parameters() if p.requires_grad}
-        require(not wrong, f"{path} has other weights than the policy trains: {', '.join(sorted(wrong)[:3])}")
+        require(not wrong, f"cannot read {path}: it has not what the policy trains, as {sorted(wrong)[:1]}")
         policy.load_state_dict(saved.pop("policy"), strict=False)
         optimizer.load_state_dict(saved.pop("optimizer"))
         return TrainState(**saved)
@@ -1088,14 +1089,13 @@ def check(cfg: Config):
         check_out(cfg)
     require(cfg.groups % WORLD == 0, f"--groups must be a multiple of the {WORLD} processes")
     require(cfg.minibatch >= WORLD, f"--minibatch must be at least the number of processes, {WORLD}")
+    for name in ("load", "act", "log_prob", "parameter_groups", "save"):
+        require(hasattr(load_policy(cfg.model), name), f"{cfg.model} has no {name}: see docs/DETAILS.md")
     preprocess = inspect.getattr_static(load_policy(cfg.model), "preprocess", None)
     require(isinstance(preprocess, (classmethod, staticmethod)), f"{cfg.model} needs preprocess as a class "
             "method, since simulators call it in their own processes")
-    with trying(f"use the HORIZON of {cfg.suite}"):
-        horizons = [range(horizon_of(load_suite(cfg.suite), task)) for task in tasks_of(cfg)]
-        require(all(horizons), f"{cfg.suite} needs a HORIZON of one control step at least for every task")
     training_context(0, cfg)
-    with trying(f"use --device {cfg.device}"):
+    with trying(f"--device {cfg.device}", "use"):
         torch.zeros(1, device=cfg.device).item()
 
 def run_command(main: Callable[[], object]):

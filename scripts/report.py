@@ -80,6 +80,20 @@ def write_curve(path, history):
         figure.savefig(file, bbox_inches="tight")
 
 
+def read_outcomes(path, cfg):
+    """The outcomes in an evaluation_NAME.json, 1 or 0 by context, and the fingerprint of the policy that they
+    are of. Raises ript.UserError where they are of other settings than cfg, the run's. Files of earlier
+    versions have outcomes alone."""
+    with ript.reading(path):
+        found = json.loads(path.read_text())
+        if "outcomes" not in found:
+            return found, None
+        other = [name for name, value in found["settings"].items() if getattr(cfg, name) != value]
+        ript.require(not other, f"{path} is of another --{' and --'.join(other)} than config.json says: the "
+                     "last evaluation there was not finished, start it again")
+        return found["outcomes"], found["policy"]
+
+
 def policy_of(run, cfg):
     """The policy that a run ended with, or the one that an evaluation was of."""
     last = run / "last"
@@ -120,13 +134,16 @@ def film(policy, simulator, context):
     return camera.frames
 
 
-def write_videos(run, cfg, contexts):
-    """A video of the first held-out context of each task."""
+def write_videos(run, cfg, contexts, evaluated):
+    """A video of the first held-out context of each task. evaluated: the fingerprint of the policy that the
+    outcomes are of, where they say that."""
     import imageio
     if cfg.device.startswith("cuda") and not torch.cuda.is_available():
         cfg = replace(cfg, device="cpu")  # a run from another machine
     ript.init_distributed(cfg.device)
     policy = policy_of(run, cfg)
+    if evaluated not in (None, ript.fingerprint(policy)):
+        print("the videos show another policy than the last evaluation was of: it has been changed since")
     simulator = ript.load_suite(cfg.suite)(cfg.image_size, cfg.collision)
     seen = set()
     for context in contexts:
@@ -135,7 +152,8 @@ def write_videos(run, cfg, contexts):
             frames = film(policy, simulator, context)
             with ript.writing(run / f"task{context.task}.mp4") as file:
                 imageio.mimwrite(file, frames, fps=20)
-    simulator.env.close()
+    if simulator.env:
+        simulator.env.close()
 
 
 def main(argv=None):
@@ -144,7 +162,10 @@ def main(argv=None):
     known = argv and set(argv[1:]) <= {"--no_video"}
     ript.require(known, "report.py takes a run's directory, and --no_video")
     run = Path(argv[0])
-    cfg = ript.load_config(run)
+    try:
+        cfg = ript.load_config(run)
+    except ript.UserError as error:
+        raise ript.UserError(f"{run} is not the directory of a run: {error}") from error
     contexts = ript.evaluation_contexts(cfg)
     names = [f"{cfg.suite} {context.task} {context.seed}" for context in contexts]
     results = {}
@@ -152,8 +173,7 @@ def main(argv=None):
     for name in ("SFT", "RIPT", "success"):
         path = run / f"evaluation_{name}.json"
         if path.exists():
-            with ript.reading(path):
-                outcomes = json.loads(path.read_text())
+            outcomes, evaluated = read_outcomes(path, cfg)
             ript.require(set(names) == set(outcomes), f"{path} has other contexts than config.json")
             results[name] = [outcomes[key] for key in names]
     ript.require(results, f"there is no evaluation in {run}")
@@ -172,7 +192,7 @@ def main(argv=None):
         write_csv(run / "metrics.csv", history)
         write_curve(run / "curve.png", history)
     if "--no_video" not in argv:
-        write_videos(run, cfg, contexts)
+        write_videos(run, cfg, contexts, evaluated)
     print(f"wrote the table, the curve and the videos into {run}")
 
 

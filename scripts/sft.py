@@ -89,7 +89,7 @@ def scripted_demonstrations(simulators, cfg):
     for number in sorted(found):
         demonstration, = found[number].chunks
         looks = [partial(dict, raw) for raw in demonstration.observations]
-        with ript.trying(f"use the expert of {cfg.suite}"):
+        with ript.trying(f"the expert of {cfg.suite}", "use"):
             demos.append(Demo(found[number].context, looks, demonstration.actions))
     return demos
 
@@ -216,11 +216,11 @@ def fit(policy, stage, demos, steps, lr, seed, batch):
         loss.backward()
         rise = min(1, (step + 1) * 20 / steps)
         fall = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * rise * fall
-            with ript.trying(f"take step {step} of {stage}"):
+        with ript.trying(f"step {step} of {stage}", "take"):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * rise * fall
                 nn.utils.clip_grad_norm_(group["params"], 1.0, error_if_nonfinite=True)
-        optimizer.step()
+            optimizer.step()
         losses.append(loss.item())
     return np.mean(losses[-math.ceil(steps / 10):])
 
