@@ -245,8 +245,7 @@ def ppo_clip_loss(log_prob: torch.Tensor, old_log_prob: torch.Tensor, advantage:
     Raises ValueError for other shapes, and for a mask in place of weights.
     """
     shapes = [tuple(x.shape) for x in (log_prob, old_log_prob, weight, advantage)]
-    fit = log_prob.ndim == 2 and shapes == [shapes[0]] * 3 + [shapes[0][:1]] and weight.is_floating_point()
-    if not fit:
+    if log_prob.ndim != 2 or shapes != 3 * shapes[:1] + [shapes[0][:1]] or not weight.is_floating_point():
         raise ValueError("log_prob, old_log_prob and weight must be (E, S) and advantage (E,), weight of "
                          f"floats: they are {shapes}, weight is {weight.dtype}")
     low, high = np.broadcast_to(clip, 2)  # ValueError for three
@@ -533,7 +532,7 @@ class LaplacePolicy(nn.Module):
         return laplace_log_prob(sample.to(mean), mean, log_scale)
 
     def parameter_groups(self):
-        """AdamW's parameter groups: everything that requires gradient."""
+        """AdamW's groups: all that requires gradient. A group's own lr, else cfg.lr, is kept and annealed."""
         return [dict(params=[p for p in self.parameters() if p.requires_grad], weight_decay=1e-4)]
 
 # ----------------------------------------------------------------------------------------------- 4. LIBERO
@@ -706,7 +705,7 @@ def tasks_of(cfg: Config) -> dict[int, str]:
 
 def horizon_of(suite: type[Suite] | Suite, task: int) -> int:
     """The control steps that an episode of a task may take."""
-    return suite.HORIZON if isinstance(suite.HORIZON, int) else suite.HORIZON[task]
+    return suite.HORIZON if np.ndim(suite.HORIZON) == 0 else suite.HORIZON[task]
 
 def worker_main(socket_number: int, model: str, suite: str, image_size: int, collision: bool):
     """A simulator's process: answers the trainer's calls until the trainer is gone, even if it was killed."""
@@ -1022,14 +1021,13 @@ def log_iteration(state: TrainState, stats: dict):
 def save_policy(policy: nn.Module, directory: Path):
     """Write a policy's directory, whose files appear together."""
     new, old = (directory.with_name(f"{directory.name}.tmp{number}") for number in (1, 2))
-    with trying(directory, "write"):
-        shutil.rmtree(new, ignore_errors=True)  # what a run that was killed has left
-        policy.save(new)
-        if directory.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            directory.rename(old)
-        new.rename(directory)
+    shutil.rmtree(new, ignore_errors=True)  # what a run that was killed has left
+    policy.save(new)
+    if directory.exists():
         shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+    new.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
 
 def fingerprint(policy: nn.Module, trained: bool = True) -> str:
     """What tells a policy from others or, without what trains, its base: names, shapes and up to 2 ** 15
@@ -1077,8 +1075,8 @@ def check_out(cfg: Config):
         path = Path(getattr(cfg, name) or os.devnull).resolve()
         apart = not path.exists() or not (path.is_relative_to(out) or out.is_relative_to(path))
         require(apart, f"--out {cfg.out} is, holds or lies in --{name} {path}: choose another --out")
-    run = {"run.pt", "last"} & held
-    require(not run, f"{cfg.out} has a run: go on with --resume {cfg.out}, or choose another --out")
+    taken = f"{cfg.out} has a run: go on with --resume {cfg.out}, or choose another --out"
+    require(not {"run.pt", "last"} & held, taken)
     own = type(cfg) is Config and "config.json" in held and load_config(out).eval == cfg.eval
     free = own or all(".tmp" in name for name in held)  # which a run that was killed may leave
     require(cfg.out and free, f"--out must name a new directory: {cfg.out!r} has {sorted(held)[:3]}")
@@ -1089,11 +1087,10 @@ def check(cfg: Config):
         check_out(cfg)
     require(cfg.groups % WORLD == 0, f"--groups must be a multiple of the {WORLD} processes")
     require(cfg.minibatch >= WORLD, f"--minibatch must be at least the number of processes, {WORLD}")
-    for name in ("load", "act", "log_prob", "parameter_groups", "save"):
-        require(hasattr(load_policy(cfg.model), name), f"{cfg.model} has no {name}: see docs/DETAILS.md")
-    preprocess = inspect.getattr_static(load_policy(cfg.model), "preprocess", None)
-    require(isinstance(preprocess, (classmethod, staticmethod)), f"{cfg.model} needs preprocess as a class "
-            "method, since simulators call it in their own processes")
+    for name in ("load", "preprocess", "act", "log_prob", "parameter_groups", "save"):
+        method = inspect.getattr_static(load_policy(cfg.model), name, None)
+        fits = method and (name != "preprocess" or isinstance(method, (classmethod, staticmethod)))
+        require(fits, f"{cfg.model} needs {name}, as docs/DETAILS.md has it (preprocess is a class method)")
     training_context(0, cfg)
     with trying(f"--device {cfg.device}", "use"):
         torch.zeros(1, device=cfg.device).item()
@@ -1123,7 +1120,9 @@ def main(argv: Optional[list[str]] = None):
         optimizer = torch.optim.AdamW(policy.parameter_groups(), cfg.lr, (cfg.adam_beta1, 0.999),
                                       fused=cfg.device != "cpu")
         rates = [group["lr"] for group in optimizer.param_groups]  # cfg.lr, where a group has none of its own
-        contexts = evaluation_contexts(cfg)
+        contexts, state = evaluation_contexts(cfg), TrainState()
+        if cfg.resume and (out / "run.pt").exists():  # a run that was stopped before that begins again
+            state = load_run(out / "run.pt", policy, optimizer)
         if RANK == 0:
             with writing(out / "config.json") as file:
                 file.write_text(json.dumps(asdict(cfg), indent=1))
@@ -1132,9 +1131,6 @@ def main(argv: Optional[list[str]] = None):
             print("control steps are robosuite's, 3.5 times slower than simulators/libero.py's", flush=True)
         if cfg.eval:
             return evaluate(policy, simulators, contexts, cfg, "success")
-        state = TrainState()
-        if cfg.resume and (out / "run.pt").exists():  # a run that was stopped before that begins again
-            state = load_run(out / "run.pt", policy, optimizer)
         if not state.history:
             log_iteration(state, dict(eval_success=evaluate(policy, simulators, contexts, cfg, "SFT")))
             save_run(out, policy, optimizer, state)

@@ -1172,7 +1172,7 @@ def test_a_policy_appears_with_all_of_its_files_or_stays_as_it_was(tmp_path):
     for text in ("first", "second"):
         ript.save_policy(TwoFiles(text), tmp_path / "last")
         assert seen() == {"last/head": text, "last/adapter": text}
-    with pytest.raises(ript.UserError, match="cannot write .*last: OSError: No space left"):
+    with pytest.raises(OSError, match="No space left"):  # of which run_command makes a sentence
         ript.save_policy(TwoFiles("third", fails=True), tmp_path / "last")
     assert {name: text for name, text in seen().items() if name.startswith("last/")} == {
         "last/head": "second", "last/adapter": "second"}
