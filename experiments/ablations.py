@@ -20,7 +20,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
-import json
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -110,13 +109,17 @@ def run(name, seed):
     shared, stage_2, stage_3 = (settings.split() for settings in EXPERIMENTS[name])
     shared += ["--seed", seed]
     first = HOME / f"{START_OF.get(name, name)}_{seed}"
-    start = run_once(first / "sft", "scripts/sft.py", *shared, *stage_2)
+    start = run_once(start_of(first), "scripts/sft.py", *shared, *stage_2)
     run_once(out, SCRIPTS.get(name, "ript.py"), *shared, *stage_3, "--checkpoint", start)
     report.main([str(out), "--no_video"])  # it writes the CSV files
     (RESULTS / name).mkdir(parents=True, exist_ok=True)
     for file in ("metrics", "evaluation"):
         shutil.copyfile(out / f"{file}.csv", RESULTS / name / f"{file}_{seed}.csv")
     return out
+
+def start_of(out):
+    """The directory of the policy that a run starts from: beside the run's, which must hold no input."""
+    return out.with_name(f"{out.name}_sft")
 
 def table(names, seeds):
     """Print a line for each run."""
@@ -169,7 +172,7 @@ def outcomes(policy, suite, out, *arguments):
     """The outcomes, bool, of a saved policy in the held-out contexts of a suite, in order."""
     # What ript.py prints would interrupt the table.
     run_once(out, "ript.py", "--eval", "--suite", suite, "--checkpoint", policy, *arguments, quiet=True)
-    found = json.loads((out / "evaluation_success.json").read_text())
+    found, _ = report.read_outcomes(out / "evaluation_success.json", ript.load_config(out))
     return [bool(won) for _, won in sorted(found.items())]
 
 def share_of(won):
@@ -182,12 +185,12 @@ def senses(name, seeds):
     print_header("seed", "", *SENSES[name])
     rows = []
     for seed in seeds:
-        for stage, folder in dict(SFT="sft", RIPT="last").items():
+        for stage, start in dict(SFT=start_of(runs[seed]), RIPT=runs[seed] / "last").items():
             cells = {}
             for number, (title, words) in enumerate(SENSES[name].items()):
                 suite, *more = words.split()
                 out = HOME / f"senses/{name}_{seed}_{stage}_{number}"
-                cells[title] = share_of(outcomes(runs[seed] / folder, suite, out, *more))
+                cells[title] = share_of(outcomes(start, suite, out, *more))
             rows.append(dict(seed=seed, stage=stage, **cells))
             print_row(*rows[-1].values())
     write_csv(RESULTS / f"senses/{name}.csv", rows)
@@ -197,7 +200,7 @@ def imitation(seeds):
     rows = []
     for seed in seeds:
         base = run("tabletop", seed)
-        policies = {"start (SFT)": base / "sft", "RIPT": base / "last"}
+        policies = {"start (SFT)": start_of(base), "RIPT": base / "last"}
         for number, (name, settings) in enumerate(IMITATION.items()):
             out = HOME / f"imitation/{number}_{seed}"
             policies[name] = run_once(out, "scripts/sft.py", "--seed", seed, *settings.split())
@@ -233,7 +236,7 @@ def passes(seeds):
     """One update of N passes from the start, on the same rollouts: how far the policy moves."""
     rows = []
     for seed in seeds:
-        start = run("tabletop", seed) / "sft"
+        start = start_of(run("tabletop", seed))
         words = ["--seed", seed, "--checkpoint", start, "--out", HOME / "ppo_epochs"]
         cfg = ript.parse_config([str(word) for word in words])
         rows += passes_of(cfg)
@@ -282,15 +285,15 @@ def gif(seeds):
     """docs/tabletop.gif: of each task, the first context in which the first seed's SFT policy fails."""
     base = run("tabletop", seeds[0])
     cfg = ript.load_config(base)
-    failed = json.loads((base / "evaluation_SFT.json").read_text())
+    before, _ = report.read_outcomes(base / "evaluation_SFT.json", cfg)
     simulator = ript.load_suite(cfg.suite)(cfg.image_size, cfg.collision)
     pictures = []
     for task in (0, 1):
         context = next(context for context in ript.evaluation_contexts(cfg)
-                       if context.task == task and not failed[f"tabletop {task} {context.seed}"])
+                       if context.task == task and not before[f"tabletop {task} {context.seed}"])
         clips = []
-        for title, folder in {"SFT, one demonstration": "sft", "after RIPT": "last"}.items():
-            policy = Tiny.load(replace(cfg, checkpoint=str(base / folder)))
+        for title, place in {"SFT, one demonstration": start_of(base), "after RIPT": base / "last"}.items():
+            policy = Tiny.load(replace(cfg, checkpoint=str(place)))
             clips.append([titled(frame, title) for frame in report.film(policy, simulator, context)])
         number = max(len(clip) for clip in clips)
         for t in range(0, number, 2):
@@ -314,6 +317,7 @@ COMMANDS = dict(imitation=imitation, offsets=offsets, passes=passes, gif=gif)
 def main(argv=None):
     """Run experiments, or one of the further commands."""
     parser = argparse.ArgumentParser(usage=__doc__)
+    parser.error = partial(ript.require, False)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     given = parser.parse_args(argv)

@@ -2,6 +2,7 @@
 
 Nothing that was downloaded is executed. Errors are of any kind; ript.reading makes one sentence of them.
 """
+import hashlib
 import json
 from pathlib import Path
 
@@ -46,6 +47,34 @@ def read_weights(path):
 def bare(weights):
     """Weights in float32, without the "module." of DistributedDataParallel before their names."""
     return {name.removeprefix("module."): value.float() for name, value in weights.items()}
+
+def checksums(folder, *names):
+    """The checksums of files that are written together. The file that is written last keeps them."""
+    found = {}
+    for name in names:
+        with open(folder / name, "rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+def check_together(folder, settings):
+    """Raise UserError unless the files of a policy are those that were written together, as far as its
+    settings, from which their checksums are taken out, say that. Files of others do not."""
+    for name, checksum in settings.pop("files", {}).items():
+        with reading(folder / name):
+            same = checksums(folder, name)[name] == checksum
+        require(same, f"{folder / name} was not written together with the files beside it: one of them is of "
+                "another moment or has been changed")
+
+def read_origin(folder):
+    """The settings in a policy's ript.json, which says what it is made for; empty where there is none. Raises
+    UserError unless the files of the policy were written together."""
+    path = folder / "ript.json"
+    if not path.exists():
+        return {}
+    with reading(path):
+        settings = read_json(path)
+    check_together(folder, settings)
+    return settings
 
 def fill(path, **modules):
     """Fill modules from a file that has the weights of each by its name."""

@@ -174,6 +174,7 @@ class QueST(nn.Module):
         self.task_encoder = nn.Linear(512, width)
         self.autoencoder = SkillVAE(skill_width)
         self.policy_prior = SkillGPT(width)
+        self.texts = []  # of the run's tasks
         self.eval()  # for good: old and new log-probabilities must come from one function
 
     # -- weights
@@ -181,7 +182,14 @@ class QueST(nn.Module):
     def load(cls, cfg):
         """The policy that a run starts from: --checkpoint, or the authors' SFT file of the suite."""
         released = f"quest/{cfg.suite.upper().replace('_10', '_LONG')}_sft.pth"
-        return cls.from_pretrained(cfg.checkpoint or released, cfg.device)
+        policy = cls.from_pretrained(cfg.checkpoint or released, cfg.device)
+        policy.texts = list(ript.tasks_of(cfg).values())
+        return policy
+
+    @property
+    def constants(self):
+        """What actions depend on beside weights, for ript.fingerprint: CLIP's features of the texts."""
+        return [text_feature(text, self.CLIP).tolist() for text in self.texts]
 
     @classmethod
     def from_pretrained(cls, path, device="cpu"):

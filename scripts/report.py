@@ -139,6 +139,20 @@ def write_curve(path, history):
         figure.savefig(file, bbox_inches="tight")
 
 
+def read_outcomes(path, cfg):
+    """The outcomes in an evaluation_NAME.json, 1 or 0 by context, and the fingerprint of the policy that they
+    are of. Raises ript.UserError where they are of other settings than cfg, the run's. Files of earlier
+    versions have outcomes alone."""
+    with ript.reading(path):
+        found = json.loads(path.read_text())
+        if "outcomes" not in found:
+            return found, None
+        other = [name for name, value in found["settings"].items() if getattr(cfg, name) != value]
+        ript.require(not other, f"{path} is of another --{' and --'.join(other)} than config.json says: the "
+                     "last evaluation there was not finished, start it again")
+        return found["outcomes"], found["policy"]
+
+
 def policy_of(run, cfg):
     """The policy that a run ended with, or the one that an evaluation was of."""
     last = run / "last"
@@ -179,20 +193,26 @@ def film(policy, simulator, context):
     return camera.frames
 
 
-def write_videos(run, cfg, contexts):
-    """Videos of the policy in the first held-out context of each task, and of the one that it was before."""
+def write_videos(run, cfg, contexts, evaluated):
+    """Videos of the policy in the first held-out context of each task, and of the one that it was before.
+    evaluated: the fingerprint of the policy that the outcomes are of, where they say that."""
     if cfg.device.startswith("cuda") and not torch.cuda.is_available():
         cfg = replace(cfg, device="cpu")  # a run from another machine
     ript.init_distributed(cfg.device)
     simulator = ript.load_suite(cfg.suite)(cfg.image_size, cfg.collision)
     first = {context.task: context for context in reversed(contexts)}.values()
-    film_policy(policy_of(run, cfg), simulator, first, run, "")
+    policy = policy_of(run, cfg)
+    if evaluated not in (None, ript.fingerprint(policy)):
+        print("the videos show another policy than the last evaluation was of: it has been changed since")
+    film_policy(policy, simulator, first, run, "")
+    del policy
     if (run / "last").exists():
         try:
             film_policy(ript.load_policy(cfg.model).load(cfg), simulator, first, run, "_before")
         except ript.UserError as error:  # the start may not be there any more
             print(f"the policy before stage 3 has no video: {error}")
-    simulator.env.close()
+    if simulator.env:
+        simulator.env.close()
 
 
 def film_policy(policy, simulator, contexts, run, ending):
@@ -258,8 +278,7 @@ def read_results(run, cfg, contexts) -> dict[str, list]:
     for name in ("SFT", "RIPT", "success"):
         path = run / f"evaluation_{name}.json"
         if path.exists():
-            with ript.reading(path):
-                outcomes = json.loads(path.read_text())
+            outcomes, _ = read_outcomes(path, cfg)
             ript.require(set(names) == set(outcomes), f"{path} has other contexts than config.json")
             results[name] = [outcomes[key] for key in names]
     return results
@@ -310,7 +329,10 @@ def main(argv=None):
     run = Path(argv[0])
     while "--follow" in argv and is_running(run) and not (run / "config.json").exists():
         time.sleep(1)  # it is starting
-    cfg = ript.load_config(run)
+    try:
+        cfg = ript.load_config(run)
+    except ript.UserError as error:
+        raise ript.UserError(f"{run} is not the directory of a run: {error}") from error
     contexts = ript.evaluation_contexts(cfg)
     its_page = Page(run, cfg, contexts)
     events = Events(run, cfg) if "--tensorboard" in argv else None
@@ -338,7 +360,8 @@ def main(argv=None):
         events.add(history)
     its_page.write(is_running(run))
     if "--no_video" not in argv:
-        write_videos(run, cfg, contexts)
+        _, evaluated = read_outcomes(run / f"evaluation_{[*results][-1]}.json", cfg)
+        write_videos(run, cfg, contexts, evaluated)
         its_page.write(is_running(run))
     print(f"wrote report.html and its parts into {run}")
 

@@ -1,6 +1,7 @@
 """The claims of experiments/, at toy size: every one is accepted, and the suites are what they say."""
 import argparse
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import ablations, adapters, bandit, cards, common, gpu, grpo, libero_suites, tabletop_suites
+from experiments import (ablations, adapters, bandit, cards, common, critic, flow, gpu, grpo, libero_suites,
+                         tabletop_suites)
 from ript import Context, Episode, load_suite
 from ript_test import arguments
-from tests.conftest import (PRETRAINED, ROOT, TASKS, config, demo_config, libero_or_skip, pretrained,
+from tests.conftest import (PRETRAINED, ROOT, TASKS, config, demo_config, libero_or_skip, mistake_of, pretrained,
                             random_observations, rows_without_seconds)
 
 
@@ -42,6 +44,32 @@ def test_a_script_runs_once_and_goes_on_where_it_was_interrupted(tmp_path):
     common.run_once(out, script, 0, "c")
     assert (out / "log").read_text() == "--out 1 a\n--resume 0 b\n"
     assert 0 < common.memory_gb(out) < 10
+
+
+def test_an_interrupted_evaluation_goes_on_and_an_interrupted_stage_2_begins_again(tmp_path, monkeypatch):
+    commands = []
+
+    class Process:
+        def __init__(self, command, **_):
+            commands.append(command[2:])
+            self.pid = os.spawnlp(os.P_NOWAIT, "true", "true")
+
+    monkeypatch.setattr(common.subprocess, "Popen", Process)
+    for name in ("evaluation", "sft"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    common.run_once(tmp_path / "evaluation", "ript.py", "--eval")
+    assert commands == [["--eval", "--resume", str(tmp_path / "evaluation")]]
+    with pytest.raises(FileNotFoundError):  # this process makes no directory, so that done has no place
+        common.run_once(tmp_path / "sft", "scripts/sft.py")
+    assert commands[1] == ["--out", str(tmp_path / "sft")]
+
+
+@pytest.mark.parametrize("program,words", [
+    (ablations, "nothing"), (ablations, "tabletop nothing"), (ablations, "tabletop --seeds x"),
+    (ablations, "senses nothing"), (critic, "nothing"), (critic, "critic nothing"), (flow, "nothing")])
+def test_a_name_that_is_no_experiment_gets_a_sentence(program, words):
+    assert mistake_of(program, words)
 
 
 def test_a_curve_is_success_against_the_rollouts_so_far(tmp_path):
