@@ -835,7 +835,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path):
 
 
 # Where nothing is replaced, the groups are the same for any number of processes.
-SHARED = dict(groups=6, max_rejected=0, iterations=2, eval_contexts=4, workers=1)
+SHARED = dict(groups=6, max_rejected=0, iterations=3, eval_contexts=4, workers=1)
 
 
 @pytest.fixture(scope="module")
@@ -845,15 +845,24 @@ def of_one_process(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_give_the_gradient_of_one_on_the_same_groups(of_one_process, tmp_path, processes):
+@pytest.mark.parametrize("parts", [[(2, 2), (1, 3)], [(1, 1), (3, 3)]])
+def test_any_number_of_processes_gives_the_gradient_of_one_also_where_the_number_changes(
+        of_one_process, tmp_path, parts):
+    """Parts are numbers of processes, and of the iteration up to which they run: then others resume."""
     out = tmp_path / "run"
-    torchrun = "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"
-    launch(*torchrun, FILE.with_name("ript.py"), *arguments(out=out, **SHARED))
+    words = arguments(out=out, **SHARED)
+    for processes, iterations in parts:
+        words += ["--iterations", str(iterations)]
+        if processes == 1:
+            ript.main(words)
+        else:
+            torchrun = "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"
+            launch(*torchrun, FILE.with_name("ript.py"), *words)
+        words = ["--resume", str(out)]
     rows, others = rows_of(out), rows_of(of_one_process)
-    assert 1 < others[1]["kept"] < 6 and others[2]["eval_success"] > 0  # the shares are unequal
+    assert 1 < others[1]["kept"] < 6 and others[3]["eval_success"] > 0  # the shares are unequal
     for row, other in zip(rows, others, strict=True):
-        # The second iteration's rollouts start from parameters that differ by rounding.
+        # From the second iteration on rollouts start from parameters that differ by rounding.
         tolerance = 1e-5 if row["iteration"] < 2 else 1e-3
         for name in set(other) - {"ratio_error", "act_std"}:  # which are rounding itself
             assert row[name] == pytest.approx(other[name], rel=tolerance, abs=1e-6), name

@@ -57,23 +57,31 @@ def read_index(path):
     """The shards that an index names. Others in its directory do not count."""
     return sorted({path.with_name(name) for name in read_json(path)["weight_map"].values()})
 
-def read_base(folder):
-    """Yield names and tensors of a released checkpoint, file by file: the 7B is 15 GB, its largest file 7."""
+def find_parts(folder):
+    """The files of the action head and of the proprio projector in a released checkpoint, by their names."""
     parts = sorted(folder.glob("*--*_checkpoint.pt"))
     names = [file.name.split("--")[0] for file in parts]
     require(names == ["action_head", "proprio_projector"],
             f"cannot read {folder}: it must have one action_head--*_checkpoint.pt and one proprio_projector--"
             f"*_checkpoint.pt, it has {', '.join(file.name for file in parts) or 'none'}")
+    return dict(zip(names, parts))
+
+def find_shards(folder):
+    """The files of a released checkpoint that have the other weights."""
     index = folder / "model.safetensors.index.json"
-    shards = [folder / "model.safetensors"]
-    if index.exists():
-        with reading(index):
-            shards = read_index(index)
-    for file in shards:
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    with reading(index):
+        return read_index(index)
+
+def read_base(folder):
+    """Yield names and tensors of a released checkpoint, file by file: the 7B is 15 GB, its largest file 7."""
+    parts = find_parts(folder)
+    for file in find_shards(folder):
         with reading(file):
             weights = load_file(file)
         yield from weights.items()
-    for part, file in zip(names, parts):
+    for part, file in parts.items():
         with reading(file):
             weights = bare(read_weights(file))
         for name, value in weights.items():

@@ -1,14 +1,18 @@
 """The claims of experiments/, at toy size: every one is accepted, and the suites are what they say."""
+import argparse
+import copy
+import pickle
 import subprocess
 import sys
 
 import ript  # before torch is: it says how OpenMP's threads wait
 
+import mujoco
 import numpy as np
 import pytest
 import torch
 
-from experiments import ablations, adapters, bandit, cards, common, grpo, libero_suites, tabletop_suites
+from experiments import ablations, adapters, bandit, cards, common, gpu, grpo, libero_suites, tabletop_suites
 from ript import Context, Episode, load_suite
 from ript_test import arguments
 from tests.conftest import (PRETRAINED, ROOT, TASKS, config, demo_config, libero_or_skip, pretrained,
@@ -270,8 +274,69 @@ def test_the_bandit_learns_and_with_the_sign_flipped_it_does_not():
     assert min(levels[1]) > 0.70 and max(levels[-1]) < 0.35
 
 
+@pytest.fixture(scope="module")
+def bench():
+    bench = gpu.Bench(argparse.Namespace(tiny=True, device="cpu", scene=""))
+    bench.build()
+    return bench
+
+
+def test_the_gpu_benchmark_has_adapters_as_they_were_and_as_they_are(bench):
+    layer = bench.policy.language_model.model.layers[0].self_attn.q_proj
+    dtypes = []
+    hook = layer.lora_A["default"].register_forward_hook(lambda module, x, y: dtypes.append(y.dtype))
+    acted = [bench.act(1, 1)]
+    with gpu.float32_adapters(bench.policy):
+        acted.append(bench.act(1, 1))
+    acted.append(bench.act(1, 1))
+    hook.remove()
+    assert dtypes == [torch.bfloat16, torch.float32, torch.bfloat16]
+    before, between, after = (chunks[0]["sample"] for chunks in acted)
+    assert (before == after).all() and 0 < np.abs(before - between).max() < 0.3
+
+
+def test_the_gpu_benchmark_drops_the_mask_and_puts_it_back(bench):
+    def mean():
+        with torch.no_grad():
+            return bench.policy.density(bench.observations[:1], gpu.TEXTS[:1])[0]
+
+    masked = mean()
+    with gpu.no_mask(bench.policy):
+        without = mean()
+    with gpu.no_mask(bench.policy, causal=True):
+        causal = mean()
+    assert (masked - without).abs().max() < 0.05 < (masked - causal).abs().max()
+    assert (mean() == masked).all()
+
+
+def test_the_gpu_benchmark_notices_what_overflows(bench):
+    policy = copy.deepcopy(bench.policy)
+    policy.language_model.model.layers[1].mlp.down_proj.base_layer.weight.data[0, 0] = float("inf")
+    with gpu.largest_outputs(policy) as largest:
+        policy.density(bench.observations[:1], gpu.TEXTS[:1])
+    broken = {kind for kind, value in largest.items() if not value.isfinite()}
+    assert "language_model.model.layers.*.mlp.down_proj" in broken
+    assert "projector.fc1" in largest.keys() - broken
+
+
+def test_a_scene_is_written_in_mujocos_own_form_and_a_pickle_is_refused(tmp_path):
+    model = mujoco.MjModel.from_xml_string(gpu.Scene.XML.format(gpu.Scene.BLOCK.format(0.1, 0.2)))
+    qpos = np.arange(7.0)
+    gpu.write_scene(tmp_path / "scene.npz", model, qpos)
+    again, where = gpu.read_scene(tmp_path / "scene.npz")
+    assert (where == qpos).all() and (again.geom_size == model.geom_size).all() and again.nq == 7
+    assert again.camera("agentview").pos[2] == 1 and list(tmp_path.iterdir()) == [tmp_path / "scene.npz"]
+    (tmp_path / "pickle").write_bytes(pickle.dumps((1, qpos)))
+    np.savez(tmp_path / "objects.npz", model=np.array([model], dtype=object), qpos=qpos)
+    for name in ("pickle", "objects.npz"):
+        with pytest.raises(ript.UserError, match=f"cannot read .*{name}.*allow_pickle=False"):
+            gpu.read_scene(tmp_path / name)
+
+
 def test_every_row_of_the_gpu_benchmark_runs_with_a_small_policy_on_a_cpu():
     command = [sys.executable, common.ROOT / "experiments/gpu.py", "--tiny"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "FAILED" not in done.stdout and done.stdout.count("\n") > 20
+    rows = [line for line in done.stdout.splitlines() if line.partition(". ")[0].isdigit()]
+    assert len(rows) == len(gpu.ROWS) == 16
+    assert "FAILED" not in done.stdout and "not measured" not in done.stdout

@@ -21,7 +21,7 @@ BOUNDARIES = dict(
     apart=(dict(act_std=0.11), dict(act_std=0.1)),
     bounded=(dict(at_low=0.995), dict(at_low=0.99)),
     above_evaluation=(dict(rollout_success=0.61), dict(rollout_success=0.59)))
-MORE = [("clipped", dict(updates=2, outside_clip=0.21), dict(updates=1, outside_clip=0.9, clip_frac=0.5)),
+MORE = [("clipped", dict(updates=2, outside_clip=0.11), dict(updates=1, outside_clip=0.9, clip_frac=0.5)),
         ("bounded", dict(at_high=0.51), dict(at_high=0.5)),
         ("above_evaluation", dict(eval_success=0.3), dict(eval_success=0.45))]
 
