@@ -1089,12 +1089,12 @@ def taken(tmp_path, monkeypatch, out, **settings):
 
 @pytest.mark.parametrize("out", ["policy", "policy/in", ".", "link", "link/in", "policy/../policy", "runs"])
 @pytest.mark.parametrize("setting", ["checkpoint", "adapter", "scale_head", "demos"])
-@pytest.mark.parametrize("evaluates", [True, False])
-def test_an_output_apart_from_every_input_is_needed(tmp_path, monkeypatch, out, setting, evaluates):
+@pytest.mark.parametrize("evaluates,way", [(True, "policy"), (False, "link")])
+def test_an_output_apart_from_every_input_is_needed(tmp_path, monkeypatch, out, setting, evaluates, way):
     for folder in ("policy", "runs/of_mine"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "policy")
-    place = "runs/of_mine" if out == "runs" else "policy"
+    place = "runs/of_mine" if out == "runs" else way
     before = sorted(tmp_path.rglob("*"))
     settings = {setting: tmp_path / place, "eval": json.dumps(evaluates)}
     said = taken(tmp_path, monkeypatch, out, **settings)
