@@ -1,0 +1,92 @@
+"""The claims of simulators/metaworld.py: its tasks, its determinism, its experts, and a policy of four actions."""
+import ript  # before torch is: it says how OpenMP's threads wait
+
+import numpy as np
+import pytest
+
+pytest.importorskip("metaworld", reason="pip install -c requirements.txt metaworld==3.0.0")
+
+from metaworld.env_dict import ML45_V3
+
+from policies.tiny import Tiny
+from ript import Context, load_suite
+from scripts import sft
+from simulators.metaworld import EXPERT_STEPS, MetaWorld
+
+SUITES = "metaworld", "metaworld_test", "metaworld_few_shot"
+
+
+def test_the_suites_have_the_tasks_of_ml45_and_of_quests_authors():
+    names = [[f"{name}-v3" for name in load_suite(suite).NAMES] for suite in SUITES]
+    assert names[0] == list(ML45_V3["train"]) and names[1] == list(ML45_V3["test"])
+    assert len(names[2]) == 5 and set(names[2]) <= {*names[0], *names[1]}
+    for suite in map(load_suite, SUITES):
+        assert len(suite.INSTRUCTIONS) == len(suite.HORIZON) == len(suite.NAMES)
+        for name, text, horizon in zip(suite.NAMES, suite.INSTRUCTIONS, suite.HORIZON):
+            assert text.split() == name.split("-")
+            assert 2 * EXPERT_STEPS[name] <= horizon < 500 and horizon % 8 == 0
+
+
+def test_an_episode_is_a_function_of_its_context_whatever_the_environment_did_before():
+    """One simulator has run an episode of each task before, and has closed some of their environments."""
+    names = "drawer-open", "peg-insert-side", "soccer", "stick-pull", "coffee-push"
+    suite = load_suite("metaworld")
+    tasks = [suite.NAMES.index(name) for name in names]
+    used = suite(32, True)
+    for task in tasks:
+        used.reset(Context(task, "", 1))
+        used.step(np.random.default_rng(task).uniform(-1, 1, (16, 4)))
+    assert len(used.kept) == MetaWorld.KEPT < len(tasks)
+    for task in tasks:
+        fresh = suite(32, True)
+        actions = np.random.default_rng(7).uniform(-1, 1, (24, 4))
+        for simulator in (fresh, used):
+            first = simulator.reset(Context(task, "", 12345)).observation
+            last = simulator.step(actions).observation
+            seen = [first, last, dict(state=simulator.seen, qpos=simulator.env.data.qpos.copy(),
+                                      places=simulator.env.model.body_pos.copy())]
+            if simulator is fresh:
+                expected = seen
+        for one, other in zip(expected, seen):
+            assert one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
+        used.reset(Context(task, "", 12346))  # another seed is another scene
+        assert (used.seen != fresh.env.reset()[0]).any()
+
+
+def test_experts_succeed_though_their_hand_is_pushed_and_their_gripper_is_no_sign():
+    suite = load_suite("metaworld")
+    simulator = suite(16, True)
+    for name in ("assembly", "basketball", "reach"):
+        task = suite.NAMES.index(name)
+        demonstration = simulator.demonstrate(Context(task, "", 2))
+        assert demonstration.success and demonstration.actions.shape[1] == 4
+        assert len(demonstration.observations) == len(demonstration.actions) < suite.HORIZON[task]
+        if name == "assembly":
+            assert len(set(np.abs(demonstration.actions[:, 3]))) > 1
+
+
+def test_pictures_show_what_the_seed_decides_and_leave_the_arm_out_where_that_is_asked_for():
+    simulator = load_suite("metaworld")(64, True)
+    pictures = [simulator.reset(Context(14, "", seed)).observation["agentview_image"] for seed in (0, 1, 0)]
+    assert (pictures[0] == pictures[2]).all() and (pictures[0] != pictures[1]).any()
+    assert pictures[0].shape == (64, 64, 3) and pictures[0].std() > 20
+    red = [(p[..., 0].astype(int) - p[..., 1] > 80).mean()
+           for p in (simulator.render("agentview", 64, hidden) for hidden in (True, False))]
+    assert red[0] < 0.01 < red[1]  # the arm is red
+
+
+def test_a_policy_from_scratch_has_four_actions_and_a_gripper_that_is_a_number():
+    suite = load_suite("metaworld")
+    proprio = np.random.default_rng(0).uniform(-1, 1, (50, 8))
+    looks = [lambda row=row: dict(proprio=row, agentview_image=np.zeros((16, 16, 3), np.uint8),
+                                  robot0_eye_in_hand_image=np.zeros((16, 16, 3), np.uint8)) for row in proprio]
+    demo = sft.Demo(Context(0, "reach", 0), looks, np.zeros((50, 4)))
+    policy = Tiny(sft.measure_statistics(Tiny, suite, [demo]))
+    assert policy.A == 4 and policy.continuous_gripper()
+    assert np.allclose(policy.statistics["proprio"]["q01"], np.quantile(proprio, 0.01, 0))
+    actions = np.random.default_rng(1).uniform(-1, 1, (3, 8, 4))
+    assert np.abs(policy.to_env_actions(policy.from_env_actions(actions)) - actions).max() < 1e-5
+    chunk, = policy.act([policy.preprocess(looks[0]())], ["reach"], [np.random.default_rng(0)])
+    assert chunk["actions"].shape == (8, 4) and len(set(np.abs(chunk["actions"][:, 3]))) > 1
+    # LIBERO's is a sign, as ever.
+    assert not Tiny().continuous_gripper()
