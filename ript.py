@@ -18,7 +18,7 @@ was drawn from; action steps after success do not count; the K rollouts of a gro
     bash run_libero.sh                                        the laptop: stages 2 and 3 and the report
     torchrun --standalone --nproc_per_node 4 ript.py --model openvla-oft --suite libero_long   the 7B, 4 GPUs
 
-This file imports no other file of its repository: POLICIES and SUITES reach the others by their names.
+This file imports no other file of its repository: POLICIES, SUITES and log_iteration reach some by name.
 Shapes: B batch, C contexts, K rollouts per context, E episodes, Q queries per episode, N chunks of several
 episodes, H action steps per query, S action steps per episode, A action dimensions, F features.
 """
@@ -29,12 +29,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
 import asyncio
 import fcntl
+import hashlib
 import inspect
 import json
 import math
 import pickle
 import pkgutil
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -47,6 +49,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, partial
+from importlib import metadata
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -71,18 +74,24 @@ ALIASES = dict(libero_long="libero_10")
 RENAMED = dict(passes="ppo_epochs", momentum="adam_beta1", clip="clip_coef", prefix="attention_mode")
 # What --resume may change. With --anneal, the learning rate follows the new number of iterations.
 CHANGEABLE = "resume", "iterations", "workers", "device", "eval_every", "micro_batch"
+LOGGED = "scale", "at_low", "at_high"  # of the action chunks, as means over all queries
 TRAIN_SEEDS = 10_000_000  # training contexts have seeds from here on, and evaluation has 0, 1, 2, ...
-# The number of this process and of all processes, as torchrun sets them.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# What torchrun sets: the number of this process and of all, the same within its machine, and where they meet.
+LAUNCH = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+LAUNCHED = map(os.environ.get, LAUNCH, "0101")  # without a launcher, process 0 of 1
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(text) if text.isdecimal() else -1 for text in LAUNCHED)
 
-def cores() -> int:
+def cores(quota=Path("/sys/fs/cgroup/cpu.max")) -> int:
     """How many cores a process may use. macOS does not say, and has no limits either."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
-    return len(allowed) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with suppress(OSError, ValueError):  # a container's quota, or "max"
+        microseconds, period = map(int, quota.read_text().split())
+        allowed = min(allowed, math.ceil(microseconds / period))
+    return allowed // max(1, LOCAL_WORLD)
 
 def option(default, text, least=1, choices=None):
     """A field of Config: its default, what argparse is told, and the least value of a whole number."""
-    words = dict(type=type(default), choices=choices, help=f"{text} (default: {default!r})")
+    words = dict(type=type(default), choices=choices, help=f"{text} (default: {default!r}, or a preset's)")
     if default is False:
         words = dict(type=json.loads, choices=(True, False), nargs="?", const=True, help=text)
     return field(default=default, metadata=dict(words=words, least=least))
@@ -183,21 +192,20 @@ def load_config(directory: str | Path, settings: type[Config] = Config) -> Confi
         saved = json.loads(path.read_text())
         unknown = saved.keys() - {option.name for option in fields(settings)}
         require(not unknown, f"{path} has settings that are not of this version of ript.py "
-                f"({', '.join(sorted(unknown))}): start a new run")
+                f"({', '.join(sorted(unknown)[:3])}): start a new run")
         return settings(**saved)
 
 # --------------------------------------------------------------------------------------- 2. The algorithm
 def leave_one_out_advantage(rewards: torch.Tensor) -> torch.Tensor:
     """A_k = R_k - mean of the other K - 1 rewards of the context (Eq. 5): (C, K) -> (C, K) float.
 
-    Raises ValueError for K < 2: a single rollout has no baseline.
+    Raises ValueError for K < 2, since a single rollout has no baseline, and for another shape.
     """
-    K = rewards.shape[-1]
-    if K < 2:
-        raise ValueError(f"leave_one_out_advantage needs K >= 2 rollouts per context, got {K}")
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards must be (C, K) with K >= 2 rollouts, got {tuple(rewards.shape)}")
     rewards = rewards * 1.0  # bool and int become float
     others = rewards.sum(-1, keepdim=True) - rewards
-    return rewards - others / (K - 1)
+    return rewards - others / (rewards.shape[1] - 1)
 
 def has_signal(rewards: torch.Tensor) -> torch.Tensor:
     """The rejection rule (Algorithm 1, lines 11-14): (C, K) -> (C,) bool, False where all K are equal."""
@@ -208,18 +216,24 @@ def laplace_log_prob(action: torch.Tensor, mean: torch.Tensor, log_scale: torch.
 
     log p = sum over A of -|action - mean| / b - log(2 b) with b = exp(log_scale), in normalised action units.
     """
-    log_scale = log_scale.float()
-    distance = (action.float() - mean.float()).abs()
-    return (-distance * torch.exp(-log_scale) - log_scale - math.log(2)).sum(-1)
+    numbers = action.float(), mean.float(), log_scale.float()
+    # Where one is not finite, the density is NaN and must not reach a gradient: 0 times NaN would be NaN.
+    known = sum(numbers).isfinite().all(-1, keepdim=True)  # ... 1
+    action, mean, log_scale = (torch.where(known, number, 0.0) for number in numbers)
+    log_prob = -(action - mean).abs() * torch.exp(-log_scale) - log_scale - math.log(2)
+    return torch.where(known, log_prob, math.nan).sum(-1)
 
 def loss_weight(mask: torch.Tensor, per: str = "episode") -> torch.Tensor:
-    """The weight of each action step in the loss: mask (E, S) bool -> (E, S) float, which sums to 1.
+    """The weight of each action step in the loss: mask (E, S) bool -> (E, S) float.
 
-    mask is False where no action ran. per="episode": a mean over each episode's steps, then over episodes;
-    per="token": a mean over all steps, in which long episodes weigh more. Raises ValueError for another per.
+    mask is False where no action ran. per="episode": a mean over each episode's steps, then over episodes, of
+    which one without steps counts as 0; so the weights sum to the share of the others. per="token": a mean
+    over all steps, in which long episodes weigh more. Raises ValueError for another per or mask.
     """
     if per not in ("episode", "token"):
         raise ValueError(f"per must be 'episode' or 'token', got {per!r}")
+    if mask.ndim != 2 or mask.dtype != torch.bool:
+        raise ValueError(f"mask must be (E, S) bool, got {tuple(mask.shape)} {mask.dtype}")
     if per == "token":
         return mask / mask.sum().clamp(min=1)
     return mask / mask.sum(-1, keepdim=True).clamp(min=1) / len(mask)
@@ -232,10 +246,18 @@ def ppo_clip_loss(log_prob: torch.Tensor, old_log_prob: torch.Tensor, advantage:
     clip: eps, or a pair for [1 - low, 1 + high]. Returns the sum over weighted steps, a scalar, and such sums
     of ratio, clip_frac (where the clip cuts the gradient), outside_clip (where the ratio is out of its range)
     and approx_kl. Parts of a minibatch add up to its own.
+    Raises ValueError for other shapes, and for a mask in place of weights.
     """
-    low, high = clip if isinstance(clip, (tuple, list)) else (clip, clip)
-    # What was not executed may be anything, NaN too, and must not reach the gradient.
-    log_ratio = torch.where(weight > 0, log_prob - old_log_prob, 0.0)  # E S
+    shapes = [tuple(x.shape) for x in (log_prob, old_log_prob, weight, advantage)]
+    if log_prob.ndim != 2 or shapes != 3 * shapes[:1] + [shapes[0][:1]] or not weight.is_floating_point():
+        raise ValueError("log_prob, old_log_prob and weight must be (E, S) and advantage (E,), weight of "
+                         f"floats: they are {shapes}, weight is {weight.dtype}")
+    low, high = np.broadcast_to(clip, 2)  # ValueError for three
+    # What was not executed may be anything, NaN too, and must not reach the gradient. Beyond the bound, which
+    # keeps the ratio finite, in float16 too, nothing has a gradient.
+    bound = min(20, math.log(torch.finfo(log_prob.dtype).max))
+    log_ratio = torch.where(weight > 0, log_prob.float() - old_log_prob.float(), 0.0)  # E S
+    log_ratio = log_ratio.clamp(-bound, bound)
     ratio = log_ratio.exp()
     bounded = ratio.clamp(1 - low, 1 + high)
     plain = ratio * advantage[:, None]
@@ -276,13 +298,14 @@ async def rollout(simulator: "Simulator", episode: Episode, actor: "Actor", hori
         left -= result.num_executed
         episode.chunks.append(chunk)
         episode.num_executed.append(result.num_executed)
+    require(result.success in (False, True), f"success must be True or False, got {result.success!r}")
     episode.success = bool(result.success)
 
 class Actor:
     """Asks the policy for actions. Rollouts that wait at the same time share a forward."""
     def __init__(self, policy: nn.Module, batch: int):
         self.policy, self.batch = policy, batch  # observations per forward; 0: all that wait
-        self.waiting = []
+        self.waiting, self.checked = [], False
 
     async def act(self, observation, episode: Episode) -> dict:
         """An episode's next action chunk."""
@@ -310,11 +333,26 @@ class Actor:
             generators = [None if e.deterministic else np.random.default_rng((*e.seed_key, len(e.chunks)))
                           for e in episodes]
             chunks = self.policy.act(observations, instructions, generators)
+            if not self.checked and hasattr(self.policy, "log_prob"):  # which collect does not need
+                self.check(chunks[0])
         except Exception as error:
             return futures[0].set_exception(error)  # which ends all rollouts
         for future, chunk in zip(futures, chunks):
             if not future.done():  # where another rollout has failed, all are cancelled
                 future.set_result(chunk)
+
+    def check(self, chunk):
+        """Raise UserError unless the first chunk is as it must be: an update would notice it too late."""
+        policy, self.checked = self.policy, True
+        with trying("the policy's action chunks", "use"):
+            T, log_prob = getattr(policy, "tokens_per_query", 0) or policy.chunk, policy.log_prob([chunk])
+            wanted = policy.chunk, (T,), (1, T)
+            found = len(chunk["actions"]), np.shape(chunk["log_prob"]), tuple(log_prob.shape)
+            require(found == wanted, "the number of actions and the shapes of log_prob in and of a chunk are "
+                    f"{found}, they must be {wanted}")
+            learns = log_prob.requires_grad or not any(p.requires_grad for p in policy.parameters())
+            finite = math.isfinite(sum(float(chunk.get(name, 0)) for name in LOGGED))
+            require(learns and finite, f"log_prob needs a gradient, and {', '.join(LOGGED)} are numbers")
 
 def collect(policy: nn.Module, simulators: "Simulators", context_of: Callable[[int], "Context"],
             state: "TrainState", cfg: Config) -> tuple[list[Episode], dict]:
@@ -368,10 +406,10 @@ def compute_old_log_probs(policy: nn.Module, episodes: list[Episode], parts: lis
     for part in parts:
         log_prob = policy.log_prob([episodes[e].chunks[q] for e, q in part]).detach().cpu()  # N H
         for (e, q), row in zip(part, log_prob):
-            if not row.isfinite().all():
-                raise RuntimeError(f"log_prob is not finite in {episodes[e]}")
             # Action steps after success did not run. Of tokens all count, since each decides every step.
             counted = tokens or episodes[e].num_executed[q]
+            if not row[:counted].isfinite().all():
+                raise RuntimeError(f"log_prob is not finite in {episodes[e]}")
             mask[e, q, :counted] = True
             old[e, q] = row
             recorded[e, q] = torch.as_tensor(episodes[e].chunks[q]["log_prob"])
@@ -479,17 +517,12 @@ class LaplacePolicy(nn.Module):
         noise = np.stack([np.zeros(size) if g is None else g.laplace(size=size) for g in generators])
         sample = mean + log_scale.exp() * torch.as_tensor(noise).to(mean)  # B H A
         log_prob = laplace_log_prob(sample, mean, log_scale)  # B H
-        actions = self.to_env_actions(sample)
         low, high = torch.tensor(self.scale_range).log().to(mean)
-        chunks = []
-        for b in range(len(observations)):
-            log = dict(scale=log_scale[b].exp().mean().item(),
-                       at_low=(log_scale[b] <= low).float().mean().item(),
-                       at_high=(log_scale[b] >= high).float().mean().item())
-            chunks.append(log | dict(
-                observation=observations[b], instruction=instructions[b], actions=actions[b],
-                sample=sample[b].cpu().numpy(), log_prob=log_prob[b].cpu().numpy()))
-        return chunks
+        logged = dict(scale=log_scale.exp(), at_low=log_scale <= low, at_high=log_scale >= high)
+        columns = dict(observation=observations, instruction=instructions, sample=sample.cpu().numpy(),
+                       log_prob=log_prob.cpu().numpy(), actions=self.to_env_actions(sample))
+        columns |= {name: value.float().mean((1, 2)).tolist() for name, value in logged.items()}
+        return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
     def log_prob(self, chunks: list[dict]) -> torch.Tensor:
         """Log-probability of each action step of B chunks that act has returned, with gradient: (B, H)."""
@@ -500,7 +533,7 @@ class LaplacePolicy(nn.Module):
         return laplace_log_prob(sample.to(mean), mean, log_scale)
 
     def parameter_groups(self):
-        """AdamW's parameter groups: everything that requires gradient."""
+        """AdamW's groups: all that requires gradient. A group's own lr, else cfg.lr, is kept and annealed."""
         return [dict(params=[p for p in self.parameters() if p.requires_grad], weight_decay=1e-4)]
 
 # ----------------------------------------------------------------------------------------------- 4. LIBERO
@@ -547,9 +580,10 @@ class Suite:
         """Run actions (H, A), one after another, until success."""
         for number, action in enumerate(actions, 1):
             self.control_step(action)
-            if self.success():
-                return StepResult(number, True, None)
-        return StepResult(len(actions), False, self.get_observation())
+            success = self.success()
+            if success:
+                return StepResult(number, success, None)
+        return StepResult(len(actions), success, self.get_observation())
 
 class Robosuite(Suite):
     """What suites in robosuite share: a Panda arm and two cameras."""
@@ -638,6 +672,8 @@ def load_class(known: dict, base: type, name: str) -> type:
     place = file.replace(".", "/") + ".py"
     require(name not in known or (HERE / place).exists(), f"{name} is {place} of ript.py's repository, which "
             f"is not beside {HERE}/ript.py: get the whole repository, or give FILE.py:Class")
+    if file.endswith(".py"):  # its neighbours can be imported, after what is beside ript.py
+        sys.path[1:1] = {str(Path(file).resolve().parent)} - set(sys.path)
     with reading(file):
         found = runpy.run_path(file).get(attribute) if file.endswith(".py") else pkgutil.resolve_name(path)
     require(isinstance(found, type) and issubclass(found, base), f"{name} is no subclass of {base.__name__}")
@@ -659,13 +695,18 @@ def load_suite(name: str) -> type[Suite] | Libero:
 
 def tasks_of(cfg: Config) -> dict[int, str]:
     """Numbers and instructions of the tasks that a run is about."""
-    texts = dict(enumerate(load_suite(cfg.suite).INSTRUCTIONS))
+    suite = load_suite(cfg.suite)
+    texts = dict(enumerate(suite.INSTRUCTIONS))
+    with trying(f"the HORIZON of {cfg.suite}", "use"):
+        some = all(range(horizon_of(suite, task)) for task in texts)
+    fits = some and min(map(len, texts.values()), default=0) > 1
+    require(fits, f"{cfg.suite} needs INSTRUCTIONS, a text per task, and a HORIZON above 0")
     require(cfg.task < len(texts), f"--task must be below {len(texts)} for {cfg.suite}, got {cfg.task}")
     return texts if cfg.task < 0 else {cfg.task: texts[cfg.task]}
 
 def horizon_of(suite: type[Suite] | Suite, task: int) -> int:
     """The control steps that an episode of a task may take."""
-    return suite.HORIZON if isinstance(suite.HORIZON, int) else suite.HORIZON[task]
+    return suite.HORIZON if np.ndim(suite.HORIZON) == 0 else suite.HORIZON[task]
 
 def worker_main(socket_number: int, model: str, suite: str, image_size: int, collision: bool):
     """A simulator's process: answers the trainer's calls until the trainer is gone, even if it was killed."""
@@ -800,13 +841,15 @@ class Simulators:
 @contextmanager
 def open_simulators(cfg: Config):
     """The simulators of this process, within a with statement. Raises UserError if they do not start."""
-    simulators = Simulators(cfg)
+    with trying(f"{cfg.workers} simulators, try fewer --workers", "start"):
+        simulators = Simulators(cfg)
     try:
-        asyncio.run(simulators.all[0].call("make_env", next(iter(tasks_of(cfg)))))
+        try:
+            asyncio.run(simulators.all[0].call("make_env", next(iter(tasks_of(cfg)))))
+        except SimulatorError as error:
+            hint = " (it needs libegl1 and libgl1-mesa-dri on Debian)" if "egl" in str(error).lower() else ""
+            raise UserError(f"the simulator does not start{hint}: {str(error).splitlines()[-1]}")
         yield simulators
-    except SimulatorError as error:
-        raise UserError("the simulator does not start (it needs libegl1 and libgl1-mesa-dri on Debian, and "
-                        f"for LIBERO the meshes of libero-download-assets): {str(error).splitlines()[-1]}")
     finally:
         for simulator in simulators.all:
             simulator.close()
@@ -814,13 +857,18 @@ def open_simulators(cfg: Config):
 # ---------------------------------------------------------------------- 5. Ranks, evaluation, files and main
 def init_distributed(device: str):
     """Make the processes that torchrun started one group: NCCL on GPUs, gloo on CPUs."""
+    said = {name: os.environ[name] for name in LAUNCH if name in os.environ}
+    fits = 0 <= RANK < WORLD and 0 <= LOCAL_RANK < LOCAL_WORLD <= WORLD
+    require(fits and (WORLD == 1 or "MASTER_PORT" in said), f"the environment has {said}, which "
+            "torchrun would set otherwise: start processes with torchrun, or one without these variables")
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(LOCAL_RANK)
     if WORLD > 1:
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # rank 0 speaks for all
         # When a process dies, torchrun ends those of its machine; those of other machines wait for an hour.
         backend = "nccl" if device.startswith("cuda") else "gloo"
-        distributed.init_process_group(backend, timeout=timedelta(hours=1))
+        with trying("torchrun's processes", "join"):
+            distributed.init_process_group(backend, timeout=timedelta(hours=1))
 
 def all_gather(value: object) -> list:
     """The value of every process."""
@@ -877,13 +925,12 @@ def rollout_stats(groups: list[list[Episode]]) -> dict:
     rewards = rewards_of(groups)  # C K
     episodes = [episode for group in groups for episode in group]
     chunks = [chunk for episode in episodes for chunk in episode.chunks]
-    logged = "scale", "at_low", "at_high"  # of the action chunks, as means over all queries
     stats = all_reduce_sum(dict(
         kept=has_signal(rewards).sum().item(), all_success=rewards.all(-1).sum().item(),
         all_fail=(~rewards).all(-1).sum().item(), rollouts=len(episodes), successes=rewards.sum().item(),
         queries=len(chunks), env_steps=sum(sum(episode.num_executed) for episode in episodes),
-        **{name: sum(chunk.get(name, 0.0) for chunk in chunks) for name in logged}))
-    stats |= {name: stats[name] / stats["queries"] for name in logged}
+        **{name: sum(float(chunk.get(name, 0.0)) for chunk in chunks) for name in LOGGED}))
+    stats |= {name: stats[name] / max(stats["queries"], 1) for name in LOGGED}
     return stats | dict(rollout_success=stats["successes"] / stats["rollouts"])
 
 def evaluation_contexts(cfg: Config) -> list[Context]:
@@ -900,7 +947,8 @@ def training_context(number: int, cfg: Config) -> Context:
         require(states_of, f"--demos is for suites of LIBERO (simulators/libero.py), {cfg.suite} is none")
         demos = [(*task, 0, state) for task in tasks for state in states_of(cfg.demos, task[0])]
         return Context(*demos[np.random.default_rng([cfg.seed, number]).integers(len(demos))])
-    return Context(*tasks[number % len(tasks)], TRAIN_SEEDS * (cfg.seed + 1) + number)
+    # The scenes of --seed 427 are again those of 0. Seeds beyond 2 ** 32 would be those of held-out ones.
+    return Context(*tasks[number % len(tasks)], TRAIN_SEEDS * (cfg.seed % 427 + 1) + number)
 
 def evaluate(policy: nn.Module, simulators: Simulators, contexts: list[Context], cfg: Config,
              name: str) -> float:
@@ -908,47 +956,51 @@ def evaluate(policy: nn.Module, simulators: Simulators, contexts: list[Context],
     episodes = [Episode(context, deterministic=True) for context in contexts[RANK::WORLD]]
     rollouts = simulators.run_episodes(rollout, episodes, Actor(policy, cfg.act_batch))
     simulators.run([rollouts], [episodes], f"evaluation {name}")
+    acted = any(episode.chunks for episode in episodes) or not episodes
+    require(acted, f"every held-out context of {cfg.suite} is solved at its reset")
     mine = {f"{cfg.suite} {e.context.task} {e.context.seed}": int(e.success) for e in episodes}
     outcomes = dict(sorted(all_reduce_sum(mine).items()))  # 1 for a success
     if RANK == 0:
+        settings = {name: value for name, value in asdict(cfg).items() if name not in ("out", *CHANGEABLE)}
+        found = dict(settings=settings, policy=fingerprint(policy), outcomes=outcomes)
         with writing(Path(cfg.out, f"evaluation_{name}.json")) as file:
-            file.write_text(json.dumps(outcomes))
+            file.write_text(json.dumps(found))
     print(f"{name}: {sum(outcomes.values())} of {len(outcomes)} held-out contexts", flush=True)
     return sum(outcomes.values()) / len(outcomes)
 
 @contextmanager
-def reading(path: str | Path):
-    """Whatever goes wrong within becomes a UserError that names the file."""
+def trying(what: object, verb: str = "read"):
+    """Whatever goes wrong within becomes a UserError that says what could not be read, or done."""
     try:
         yield
     except UserError:  # which has its sentence already
         raise
-    except Exception as error:  # each library has its own for a damaged file
-        raise UserError(f"cannot read {path}: {type(error).__name__}: {error}") from error
+    except Exception as error:  # each library has its own for a damaged file and for a full disk
+        raise UserError(f"cannot {verb} {what}: {type(error).__name__}: {error}") from error
+
+reading = trying
 
 @contextmanager
 def writing(path: Path):
     """Give a temporary path to write to, and rename it at the end: a file is written whole or not at all."""
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except Exception as error:  # each library has its own for a full disk
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {type(error).__name__}: {error}") from error
+    with trying(path, "write"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 def lock_run_dir(out: Path):
     """Keep the directory of a run from other runs, for as long as the file that this returns is open."""
-    try:
+    with trying(out, "write"):
         out.mkdir(parents=True, exist_ok=True)
         file = open(out / ".lock", "w")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
-    except BlockingIOError:
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
         raise UserError(f"another run is using {out}: choose another --out")
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error}")
 
 @dataclass
 class TrainState:
@@ -966,6 +1018,30 @@ def log_iteration(state: TrainState, stats: dict):
                  kl="approx_kl", eval="eval_success")
     texts = [f"{word} {stats[name]:.3g}" for word, name in shown.items() if name in stats]
     print("  ".join([f"iteration {state.iteration}", *texts]), flush=True)
+    if (HERE / "scripts/symptoms.py").exists():
+        pkgutil.resolve_name("scripts.symptoms:print_new")(state.history)
+
+def save_policy(policy: nn.Module, directory: Path):
+    """Write a policy's directory, whose files appear together."""
+    new, old = (directory.with_name(f"{directory.name}.tmp{number}") for number in (1, 2))
+    shutil.rmtree(new, ignore_errors=True)  # what a run that was killed has left
+    policy.save(new)
+    if directory.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+    new.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+def fingerprint(policy: nn.Module, trained: bool = True) -> str:
+    """What tells a policy from others or, without what trains, its base: names, shapes and up to 2 ** 15
+    numbers of each tensor, and policy.constants, where it has any: what else its actions depend on."""
+    found = [getattr(policy, "constants", None)]
+    for name, p in policy.state_dict(keep_vars=True).items():
+        if trained or not p.requires_grad:
+            places = torch.linspace(0, p.numel() - 1, min(p.numel(), 2 ** 15), dtype=torch.float64).long()
+            sample = p.detach().flatten()[places.to(p.device)].double().cpu().numpy()
+            found += [name, tuple(p.shape), hashlib.sha256(sample).hexdigest()]
+    return hashlib.sha256(repr(found).encode()).hexdigest()
 
 def save_run(out: Path, policy: nn.Module, optimizer, state: TrainState):
     """Write last/, best/, metrics.jsonl and, for --resume, run.pt."""
@@ -973,36 +1049,54 @@ def save_run(out: Path, policy: nn.Module, optimizer, state: TrainState):
     is_best, state.best = success > state.best, max(state.best, success)
     if RANK > 0:
         return
-    policy.save(out / "last")
+    save_policy(policy, out / "last")
     if is_best:
-        policy.save(out / "best")
+        save_policy(policy, out / "best")
     with writing(out / "metrics.jsonl") as file:
         file.write_text("".join(json.dumps(row) + "\n" for row in state.history))
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    saved = dict(base=fingerprint(policy, False), policy=trained, optimizer=optimizer.state_dict())
     with writing(out / "run.pt") as file:
-        torch.save(asdict(state) | dict(policy=trained, optimizer=optimizer.state_dict()), file)
+        torch.save(asdict(state) | saved, file)
 
 def load_run(path: Path, policy: nn.Module, optimizer) -> TrainState:
     """Fill policy and optimizer from what save_run wrote."""
     with reading(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        same = saved.pop("base", None) in (None, fingerprint(policy, False))  # None: of an earlier version
+        require(same, f"cannot read {path}: it was trained on another base, which has changed since")
+        wrong = saved["policy"].keys() ^ {name for name, p in policy.named_parameters() if p.requires_grad}
+        require(not wrong, f"cannot read {path}: it has not what the policy trains, as {sorted(wrong)[:1]}")
         policy.load_state_dict(saved.pop("policy"), strict=False)
         optimizer.load_state_dict(saved.pop("optimizer"))
         return TrainState(**saved)
 
+def check_out(cfg: Config):
+    """Raise UserError unless cfg.out is apart from what the run reads, and new or begun by a run like it."""
+    out, held = Path(cfg.out).resolve(), {path.name for path in Path(cfg.out).glob("[!.]*")}
+    for name in ("checkpoint", "adapter", "scale_head", "demos"):
+        path = Path(getattr(cfg, name) or os.devnull).resolve()
+        apart = not path.exists() or not (path.is_relative_to(out) or out.is_relative_to(path))
+        require(apart, f"--out {cfg.out} is, holds or lies in --{name} {path}: choose another --out")
+    taken = f"{cfg.out} has a run: go on with --resume {cfg.out}, or choose another --out"
+    require(not {"run.pt", "last"} & held, taken)
+    own = type(cfg) is Config and "config.json" in held and load_config(out).eval == cfg.eval
+    free = own or all(".tmp" in name for name in held)  # which a run that was killed may leave
+    require(cfg.out and free, f"--out must name a new directory: {cfg.out!r} has {sorted(held)[:3]}")
+
 def check(cfg: Config):
     """Raise UserError for what can be known to go wrong before any long work starts."""
-    taken = not cfg.resume and Path(cfg.out, "run.pt").exists()
-    require(not taken, f"{cfg.out} has a run: go on with --resume {cfg.out}, or choose another --out")
+    if not cfg.resume:
+        check_out(cfg)
     require(cfg.groups % WORLD == 0, f"--groups must be a multiple of the {WORLD} processes")
-    preprocess = inspect.getattr_static(load_policy(cfg.model), "preprocess", None)
-    require(isinstance(preprocess, (classmethod, staticmethod)), f"{cfg.model} needs preprocess as a class "
-            "method, since simulators call it in their own processes")
+    require(cfg.minibatch >= WORLD, f"--minibatch must be at least the number of processes, {WORLD}")
+    for name in ("load", "preprocess", "act", "log_prob", "parameter_groups", "save"):
+        method = inspect.getattr_static(load_policy(cfg.model), name, None)
+        fits = method and (name != "preprocess" or isinstance(method, (classmethod, staticmethod)))
+        require(fits, f"{cfg.model} needs {name}, as docs/DETAILS.md has it (preprocess is a class method)")
     training_context(0, cfg)
-    try:
-        torch.empty(0, device=cfg.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {cfg.device} cannot be used: {error}") from error
+    with trying(f"--device {cfg.device}", "use"):
+        torch.zeros(1, device=cfg.device).item()
 
 def run_command(main: Callable[[], object]):
     """Run a script's main(). A UserError is one sentence and exit status 2."""
@@ -1010,8 +1104,8 @@ def run_command(main: Callable[[], object]):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         main()
-    except UserError as error:
-        name = Path(sys.argv[0]).name + (f", process {RANK}" if RANK else "")
+    except (UserError, OSError) as error:
+        name = Path(sys.argv[0]).name + (f", process {RANK}" if RANK > 0 else "")
         print(f"{name}: {' '.join(str(error).split())[:500]}", file=sys.stderr, flush=True)
         sys.exit(2)
     if WORLD > 1:  # not after an error, when the other processes may never answer
@@ -1029,22 +1123,27 @@ def main(argv: Optional[list[str]] = None):
         optimizer = torch.optim.AdamW(policy.parameter_groups(), cfg.lr, (cfg.adam_beta1, 0.999),
                                       fused=cfg.device != "cpu")
         rates = [group["lr"] for group in optimizer.param_groups]  # cfg.lr, where a group has none of its own
-        contexts = evaluation_contexts(cfg)
+        contexts, state = evaluation_contexts(cfg), TrainState()
+        if cfg.resume and (out / "run.pt").exists():  # a run that was stopped before that begins again
+            state = load_run(out / "run.pt", policy, optimizer)
         if RANK == 0:
             with writing(out / "config.json") as file:
                 file.write_text(json.dumps(asdict(cfg), indent=1))
+            with writing(out / "versions.json") as file:
+                packages = reversed([*metadata.distributions()])  # of two with a name the first is imported
+                file.write_text(json.dumps({p.name: p.version for p in packages}, indent=1))
         print(f"{cfg.model} and {cfg.workers} simulators of {cfg.suite} are ready", flush=True)
         if cfg.control_step == "robosuite":
             print("control steps are robosuite's, 3.5 times slower than simulators/libero.py's", flush=True)
         if cfg.eval:
             return evaluate(policy, simulators, contexts, cfg, "success")
-        state = TrainState()
-        if cfg.resume and (out / "run.pt").exists():  # a run that was stopped before that begins again
-            state = load_run(out / "run.pt", policy, optimizer)
         if not state.history:
             log_iteration(state, dict(eval_success=evaluate(policy, simulators, contexts, cfg, "SFT")))
             save_run(out, policy, optimizer, state)
         for iteration in range(state.iteration, cfg.iterations):
+            if state.history[-1].get("rollout_success") == 1:  # the same number in every process
+                print(f"the run is done: every rollout of iteration {iteration} has succeeded", flush=True)
+                break
             for group, lr in zip(optimizer.param_groups, rates):
                 group["lr"] = lr * (1 - cfg.anneal * iteration / cfg.iterations)
             context_of = partial(training_context, cfg=cfg)

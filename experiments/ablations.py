@@ -3,6 +3,8 @@
     python experiments/ablations.py                  lists the experiments
     python experiments/ablations.py k4 k16           stages 2 and 3 of each, where runs/ablations lacks them
     python experiments/ablations.py bowl --seeds 0   with these seeds in place of 0, 1 and 2
+    python experiments/ablations.py tabletop half half_lr quarter quarter_lr     fewer groups per iteration
+    python experiments/ablations.py tabletop grpo    GRPO's advantage; libero libero_grpo: on LIBERO-Object
     python experiments/ablations.py senses NAME      the policies of tabletop or one_scene, misled and blind
     python experiments/ablations.py imitation        other ways to spend the tabletop's time: more of stage 2
     python experiments/ablations.py offsets          how the start depends on the offset of the worn arm
@@ -18,7 +20,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
-import json
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -38,6 +39,8 @@ HOME = RUNS / "ablations"
 SEEDS = (0, 1, 2)
 TABLETOP_SUITES = ROOT / "experiments/tabletop_suites.py"
 LIBERO_SUITES = ROOT / "experiments/libero_suites.py"
+HALF = "--groups 8 --max_rejected 6 --minibatch 64 --iterations 12 --eval_every 4"
+QUARTER = "--groups 4 --max_rejected 3 --minibatch 32 --iterations 24 --eval_every 8"
 # Of each: settings of both stages, of stage 2, of stage 3, over the suite's presets.
 EXPERIMENTS = dict(
     # 16 groups of 8 kept, 6 iterations, 1 demonstration per instruction
@@ -54,12 +57,20 @@ EXPERIMENTS = dict(
     transfer=(f"--suite {TABLETOP_SUITES}:HandOver", "", ""),
     transfer_head=(f"--suite {TABLETOP_SUITES}:HandOver --model {TABLETOP_SUITES}:HeadOnly", "", ""),
     transfer_move=(f"--suite {TABLETOP_SUITES}:Move --model {TABLETOP_SUITES}:HeadOnly", "", ""),
+    # Half and a quarter of the groups for twice and four times as many iterations, with evaluations after as
+    # many rollouts. The learning rate stays, or falls with the square root of the minibatch.
+    half=("", "", HALF),
+    half_lr=("", "", f"{HALF} --lr 1.4e-4"),
+    quarter=("", "", QUARTER),
+    quarter_lr=("", "", f"{QUARTER} --lr 1e-4"),
+    grpo=("", "", ""),  # its script has another advantage
     # Several optimiser steps on the same rollouts, with the clip and without.
     passes4=("", "", "--ppo_epochs 4"),
     passes4_noclip=("", "", "--ppo_epochs 4 --clip_coef 1000"),
     # 4 demonstrations per instruction, 4 iterations
     libero=("--suite libero_object --task 0", "", ""),
     libero_none=("--suite libero_object --task 0", "", "--max_rejected 0"),  # nothing is replaced
+    libero_grpo=("--suite libero_object --task 0", "", ""),
     # With four demonstrations, no rollout of 16 in training contexts succeeds in task 1 and on the bowl.
     object_1=("--suite libero_object --task 1", "--demos_per_task 10", ""),
     object_2=("--suite libero_object --task 2", "", ""),
@@ -67,6 +78,11 @@ EXPERIMENTS = dict(
     one_scene=(f"--suite {LIBERO_SUITES}:OneScene", "", ""),
     bowl=(f"--suite {LIBERO_SUITES}:Goal --task 6", "--demos_per_task 10", ""),
 )
+# Of an experiment: the script of stage 3, where it is not ript.py itself.
+SCRIPTS = dict(grpo="experiments/grpo.py", libero_grpo="experiments/grpo.py")
+# Of an experiment: the one whose stage 2 it begins with, where the settings are the same.
+START_OF = dict.fromkeys(("half", "half_lr", "quarter", "quarter_lr", "grpo"), "tabletop")
+START_OF["libero_grpo"] = "libero"
 # Of an experiment: suites in which its policies are evaluated again, and what is different there.
 SENSES = dict(
     tabletop={"as it is": "tabletop", "other instruction": f"{TABLETOP_SUITES}:Misled",
@@ -92,13 +108,18 @@ def run(name, seed):
     out = HOME / f"{name}_{seed}"
     shared, stage_2, stage_3 = (settings.split() for settings in EXPERIMENTS[name])
     shared += ["--seed", seed]
-    start = run_once(out / "sft", "scripts/sft.py", *shared, *stage_2)
-    run_once(out, "ript.py", *shared, *stage_3, "--checkpoint", start)
+    first = HOME / f"{START_OF.get(name, name)}_{seed}"
+    start = run_once(start_of(first), "scripts/sft.py", *shared, *stage_2)
+    run_once(out, SCRIPTS.get(name, "ript.py"), *shared, *stage_3, "--checkpoint", start)
     report.main([str(out), "--no_video"])  # it writes the CSV files
     (RESULTS / name).mkdir(parents=True, exist_ok=True)
     for file in ("metrics", "evaluation"):
         shutil.copyfile(out / f"{file}.csv", RESULTS / name / f"{file}_{seed}.csv")
     return out
+
+def start_of(out):
+    """The directory of the policy that a run starts from: beside the run's, which must hold no input."""
+    return out.with_name(f"{out.name}_sft")
 
 def table(names, seeds):
     """Print a line for each run."""
@@ -151,7 +172,7 @@ def outcomes(policy, suite, out, *arguments):
     """The outcomes, bool, of a saved policy in the held-out contexts of a suite, in order."""
     # What ript.py prints would interrupt the table.
     run_once(out, "ript.py", "--eval", "--suite", suite, "--checkpoint", policy, *arguments, quiet=True)
-    found = json.loads((out / "evaluation_success.json").read_text())
+    found, _ = report.read_outcomes(out / "evaluation_success.json", ript.load_config(out))
     return [bool(won) for _, won in sorted(found.items())]
 
 def share_of(won):
@@ -164,12 +185,12 @@ def senses(name, seeds):
     print_header("seed", "", *SENSES[name])
     rows = []
     for seed in seeds:
-        for stage, folder in dict(SFT="sft", RIPT="last").items():
+        for stage, start in dict(SFT=start_of(runs[seed]), RIPT=runs[seed] / "last").items():
             cells = {}
             for number, (title, words) in enumerate(SENSES[name].items()):
                 suite, *more = words.split()
                 out = HOME / f"senses/{name}_{seed}_{stage}_{number}"
-                cells[title] = share_of(outcomes(runs[seed] / folder, suite, out, *more))
+                cells[title] = share_of(outcomes(start, suite, out, *more))
             rows.append(dict(seed=seed, stage=stage, **cells))
             print_row(*rows[-1].values())
     write_csv(RESULTS / f"senses/{name}.csv", rows)
@@ -179,7 +200,7 @@ def imitation(seeds):
     rows = []
     for seed in seeds:
         base = run("tabletop", seed)
-        policies = {"start (SFT)": base / "sft", "RIPT": base / "last"}
+        policies = {"start (SFT)": start_of(base), "RIPT": base / "last"}
         for number, (name, settings) in enumerate(IMITATION.items()):
             out = HOME / f"imitation/{number}_{seed}"
             policies[name] = run_once(out, "scripts/sft.py", "--seed", seed, *settings.split())
@@ -215,7 +236,7 @@ def passes(seeds):
     """One update of N passes from the start, on the same rollouts: how far the policy moves."""
     rows = []
     for seed in seeds:
-        start = run("tabletop", seed) / "sft"
+        start = start_of(run("tabletop", seed))
         words = ["--seed", seed, "--checkpoint", start, "--out", HOME / "ppo_epochs"]
         cfg = ript.parse_config([str(word) for word in words])
         rows += passes_of(cfg)
@@ -264,15 +285,15 @@ def gif(seeds):
     """docs/tabletop.gif: of each task, the first context in which the first seed's SFT policy fails."""
     base = run("tabletop", seeds[0])
     cfg = ript.load_config(base)
-    failed = json.loads((base / "evaluation_SFT.json").read_text())
+    before, _ = report.read_outcomes(base / "evaluation_SFT.json", cfg)
     simulator = ript.load_suite(cfg.suite)(cfg.image_size, cfg.collision)
     pictures = []
     for task in (0, 1):
         context = next(context for context in ript.evaluation_contexts(cfg)
-                       if context.task == task and not failed[f"tabletop {task} {context.seed}"])
+                       if context.task == task and not before[f"tabletop {task} {context.seed}"])
         clips = []
-        for title, folder in {"SFT, one demonstration": "sft", "after RIPT": "last"}.items():
-            policy = Tiny.load(replace(cfg, checkpoint=str(base / folder)))
+        for title, place in {"SFT, one demonstration": start_of(base), "after RIPT": base / "last"}.items():
+            policy = Tiny.load(replace(cfg, checkpoint=str(place)))
             clips.append([titled(frame, title) for frame in report.film(policy, simulator, context)])
         number = max(len(clip) for clip in clips)
         for t in range(0, number, 2):
@@ -296,6 +317,7 @@ COMMANDS = dict(imitation=imitation, offsets=offsets, passes=passes, gif=gif)
 def main(argv=None):
     """Run experiments, or one of the further commands."""
     parser = argparse.ArgumentParser(usage=__doc__)
+    parser.error = partial(ript.require, False)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     given = parser.parse_args(argv)

@@ -121,7 +121,7 @@ def train(arm, argv):
 def start_of(name, seed):
     """The policy after stage 2 that all arms of a seed start from. It is that of ablations.py."""
     suite, _, _ = EXPERIMENTS[name]
-    out = RUNS / f"ablations/{dict(adapters='tabletop', adapters_libero='libero')[name]}_{seed}/sft"
+    out = RUNS / f"ablations/{dict(adapters='tabletop', adapters_libero='libero')[name]}_{seed}_sft"
     return run_once(out, "scripts/sft.py", *suite.split(), "--seed", seed)
 
 def run(name, arm, seed):
@@ -193,7 +193,7 @@ class Watch:
         self.policy = policy
         self.precise = copy.deepcopy(policy).float()
         self.episodes = episodes
-        self.parts = ript.make_micro_batches(episodes, range(len(episodes)), 256)
+        self.parts = ript.make_micro_batches(episodes, range(len(episodes)), 64)[::3]  # a third of the chunks
         self.before = [self.log_probs(one) for one in (policy, self.precise)]
         self.rows = []
 

@@ -94,6 +94,7 @@ def curve(runs, x, y, at):
 
 def main():
     """Print the table, and draw the figure. Its bands are one standard deviation to each side."""
+    ript.require(len(sys.argv) == 1, "bandit.py has one experiment and takes no name")
     from matplotlib.figure import Figure
     drawing = Figure(figsize=(11, 7), layout="constrained")
     readings = ("rollouts", "success"), ("updates", "success"), ("rollouts", "kl"), ("rollouts", "useless")
@@ -118,4 +119,4 @@ def main():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    ript.run_command(main)

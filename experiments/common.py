@@ -2,6 +2,7 @@
 import asyncio
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +23,11 @@ def run_once(out: Path, script: str, *arguments, quiet: bool = False) -> Path:
     The file out/done is the mark of that. It has the peak memory of the script's process in GB."""
     if (out / "done").exists():
         return out
-    # A run that was interrupted goes on after its last complete iteration.
-    place = "--resume" if (out / "run.pt").exists() else "--out"
+    place = "--out"
+    if script == "scripts/sft.py":
+        shutil.rmtree(out, ignore_errors=True)  # what stage 2 has left begins again
+    elif (out / "config.json").exists() or (out / "run.pt").exists():
+        place = "--resume"  # a run that was interrupted goes on after its last complete iteration
     command = [str(word) for word in (sys.executable, ROOT / script, *arguments, place, out)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL if quiet else None)
     _, status, usage = os.wait4(process.pid, 0)

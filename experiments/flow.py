@@ -165,11 +165,13 @@ def stage(script, kind, suite, out, *arguments):
 
 def outcomes(out, name):
     """The list of bool in an evaluation_NAME.json, and its share in words."""
-    won = list(json.loads((out / f"evaluation_{name}.json").read_text()).values())
+    found, _ = report.read_outcomes(out / f"evaluation_{name}.json", ript.load_config(out))
+    won = list(found.values())
     return won, report.interval(sum(won), len(won))
 
-def main():
+def main(argv=None):
     """All stages, as far as they are missing; then the table and the figure."""
+    ript.require(not (sys.argv[1:] if argv is None else argv), "flow.py has one experiment and takes no name")
     start = stage("scripts/sft.py", "Flow", "tabletop_pretrain", "sft")
     new = stage("ript.py", "Flow", "tabletop_pretrain", "new_arm", "--eval", "--checkpoint", start)
     won, share = outcomes(new, "success")

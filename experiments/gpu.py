@@ -1,15 +1,16 @@
-"""The 7B on one GPU: eleven rows, each measured through the project's own code and printed at once.
+"""The 7B on one GPU: sixteen rows, each measured through the project's own code and printed at once.
 
-    python experiments/gpu.py                every row, about 7 minutes on an H100
+    python experiments/gpu.py                every row, 8 minutes on an H100 at most
     python experiments/gpu.py --rows 2 5     row 1, which builds the policy, and these
     python experiments/gpu.py --tiny         every row with a small policy, on a CPU, in a minute
     python experiments/gpu.py --rehearsal    the 7B on a CPU, in 20 GB of free memory: build it, act once,
                                              score that chunk with gradient
 
-It needs torch, transformers, peft and pillow, no file and no network. Weights and pictures are random. Row 7
-also needs the wheels of mujoco==3.3.2 and pyopengl, and Debian's libegl1 and libopengl0. It draws a scene of
-its own, or with --scene FILE one of LIBERO's, 36 MB, which --save_scene FILE writes where LIBERO is. A row
-that fails says so in a line, and the next one runs.
+It needs torch, transformers, peft and pillow, no file and no network. Weights and pictures are random; rows
+2, 3, 13 and 14 say more noise than trained weights have. Rows 7 and 15 also need the wheels of mujoco==3.3.2
+and pyopengl, and Debian's libegl1 and libopengl0. They draw a scene of their own, or with --scene FILE one of
+LIBERO's, 49 MB, which --save_scene FILE writes where LIBERO is: an .npz of MuJoCo's binary model and the
+joints' positions. A row that fails says so in a line, and the next one runs.
 """
 import sys
 from pathlib import Path
@@ -19,12 +20,13 @@ import argparse
 import copy
 import gc
 import importlib.util
-import lzma
 import os
-import pickle
+import re
 import resource
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -48,6 +50,7 @@ TINY_TOWERS = (dict(embed_dim=32, depth=2, num_heads=4, prefix=5, layer_scale=Tr
                dict(embed_dim=48, depth=2, num_heads=4, mlp_ratio=3.7362, pool=True))
 # A byte is a token here, and the prompt is nothing but these: as many tokens as Llama makes of LIBERO-Long's.
 TEXTS = ("put both pots on the stove", "close the lowest drawer of the cabinet")
+NO_MUJOCO = "not measured: mujoco is absent, carry its wheel and pyopengl's"
 GIB = 2 ** 30
 
 def say(text):
@@ -106,7 +109,8 @@ class Bench:
         self.cuda = self.device != "cpu"
         self.chunks = 4 if self.tiny else 16  # of each comparison
         self.micro = (1, 4) if self.tiny else (1, 4, 16)
-        self.seconds = 0.1 if self.tiny else 4.0  # of each measurement of speed
+        self.batch = 4 if self.tiny else 8  # observations per forward, as runs have it
+        self.seconds = 0.1 if self.tiny else 3.0  # of each measurement of speed
         rng = np.random.default_rng(0)
         pictures = rng.integers(0, 256, (32, 2, 224, 224, 3), dtype=np.uint8)
         self.observations = [dict(pictures=p, proprio=rng.uniform(-1, 1, 8)) for p in pictures]
@@ -197,7 +201,8 @@ def agreement(bench):
         lambda module, arguments, output: finite.append(output.last_hidden_state.isfinite().all().item()))
     try:
         for policy.prefix in ("prompt", "exact"):
-            for b in (0.677, 0.05, 0.135):  # the least of the released bounds; what a head may say; ours
+            # The least of the released bounds; what a head may say; ours.
+            for b in (0.135,) if bench.tiny else (0.677, 0.05, 0.135):
                 policy.scale_range = ((b,) * 7,) * 2
                 for batch in (1, 8):
                     chunks = bench.act(bench.chunks, batch)
@@ -291,15 +296,17 @@ class Scene(ript.Robosuite):
            '<geom type="plane" size="1 1 1" material="m"/><camera name="agentview" pos="0 0 1"/>'
            '<camera name="robot0_eye_in_hand" pos="0 0 .5"/>{}</worldbody></mujoco>')
 
-    def make_env(self, scene):
-        """Make the scene, of a model and where things stand: -> who draws it."""
+    def make_env(self, file):
+        """Make the scene, from a file if there is one: -> who draws it."""
         import mujoco
         from OpenGL import GL
         blocks = "".join(self.BLOCK.format(x / 10, y / 10) for x in range(-3, 4) for y in range(-3, 4))
-        self.model = scene[0] if scene else mujoco.MjModel.from_xml_string(self.XML.format(blocks))
+        self.model, qpos = mujoco.MjModel.from_xml_string(self.XML.format(blocks)), None
+        if file:
+            self.model, qpos = read_scene(file)
         self.data = mujoco.MjData(self.model)
-        if scene:
-            self.data.qpos[:] = scene[1]
+        if file:
+            self.data.qpos[:] = qpos
         self.renderer = mujoco.Renderer(self.model, self.image_size, self.image_size)
         return GL.glGetString(GL.GL_RENDERER).decode()
 
@@ -316,26 +323,46 @@ class Scene(ript.Robosuite):
                 self.renderer.render()
         return steps / (time.perf_counter() - began)
 
+def write_scene(file, model, qpos):
+    """Write a scene: MuJoCo's own binary form of a model as bytes, and its joints' positions, in an .npz."""
+    import mujoco
+    binary = np.empty(mujoco.mj_sizeModel(model), np.uint8)
+    mujoco.mj_saveModel(model, None, binary)
+    with ript.writing(Path(file)) as path, open(path, "wb") as out:
+        np.savez_compressed(out, model=binary, qpos=qpos)
+
+def read_scene(file):
+    """-> the model and the joints' positions that write_scene has written. Nothing is unpickled."""
+    import mujoco
+    with ript.reading(file), np.load(file, allow_pickle=False) as arrays:
+        binary = {"scene.mjb": arrays["model"].tobytes()}
+        return mujoco.MjModel.from_binary_path("scene.mjb", binary), arrays["qpos"]
+
+@contextmanager
+def drawing(bench, number):
+    """So many processes, each of which has made the scene."""
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    os.environ.setdefault("LP_NUM_THREADS", "0")
+    free = torch.cuda.mem_get_info()[0] if bench.cuda else 0
+    simulators = [ript.Simulator(ript.Config(suite=f"{__file__}:Scene")) for _ in range(number)]
+    try:
+        renderers = set(ask(simulators, "make_env", [(bench.options.scene,)] * number))
+        say(f"{bench.options.scene or 'a scene of our own'}, drawn by {', '.join(renderers)}")
+        if bench.cuda:
+            taken = (free - torch.cuda.mem_get_info()[0]) / GIB
+            say(f"{number} processes take {taken:.2f} GiB of the card")
+        yield simulators
+    finally:
+        for simulator in simulators:
+            simulator.close()
+
 def pictures(bench):
     """EGL: pictures of 256x256 pixels"""
     say(f"EGL has {environment.egl_devices()} devices")
     if importlib.util.find_spec("mujoco") is None:
-        return say("not measured: mujoco is absent, carry its wheel and pyopengl's")
-    os.environ.setdefault("MUJOCO_GL", "egl")
-    os.environ.setdefault("LP_NUM_THREADS", "0")
+        return say(NO_MUJOCO)
     numbers = (1, 2) if bench.tiny else (1, 8, 16)
-    cfg = ript.Config(suite=f"{__file__}:Scene")
-    free = torch.cuda.mem_get_info()[0] if bench.cuda else 0
-    simulators = [ript.Simulator(cfg) for _ in range(numbers[-1])]
-    try:
-        scene = None
-        if bench.options.scene:
-            scene = pickle.loads(lzma.decompress(Path(bench.options.scene).read_bytes()))
-        renderers = set(ask(simulators, "make_env", [(scene,)] * len(simulators)))
-        say(f"{bench.options.scene or 'a scene of our own'}, drawn by {', '.join(renderers)}")
-        if bench.cuda:
-            taken = (free - torch.cuda.mem_get_info()[0]) / GIB
-            say(f"{len(simulators)} processes take {taken:.2f} GiB of the card")
+    with drawing(bench, numbers[-1]) as simulators:
         for number in numbers:
             speed = []
             for substeps, every in ((0, 1), (25, 1), (25, 8)):
@@ -343,9 +370,6 @@ def pictures(bench):
                 speed.append(sum(ask(simulators[:number], "run", [words] * number)))
             say(f"{number} processes: {2 * speed[0]:.0f} pictures/s; control steps/s with two at each "
                 f"{speed[1]:.0f}, at every eighth {speed[2]:.0f}, ratio {speed[2] / speed[1]:.2f}")
-    finally:
-        for simulator in simulators:
-            simulator.close()
 
 def collectives(bench):
     """NCCL with one rank: the project's collectives"""
@@ -424,6 +448,182 @@ def adapters(bench):
         apart = max(np.abs(a["actions"] - c["actions"]).max() for a, c in zip(before, others))
         say(f"{name}: actions differ by {apart:.3g}")
 
+@contextmanager
+def float32_adapters(policy):
+    """Adapters as they were: PEFT casts their inputs to float32, and the decoder runs without autocast."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    layers = [layer for layer in policy.language_model.modules() if isinstance(layer, BaseTunerLayer)]
+
+    def decode(x, **inputs):
+        return policy.language_model.model(inputs_embeds=x, **inputs).last_hidden_state
+
+    for layer in layers:
+        layer.cast_input_dtype_enabled = True
+    policy.decode = decode
+    try:
+        yield
+    finally:
+        del policy.decode
+        for layer in layers:
+            layer.cast_input_dtype_enabled = False
+
+def speed_of(bench, texts):
+    """Acting and gradients in chunks per second, and their peak memory, for equal or mixed instructions."""
+    policy, micro = bench.policy, bench.micro[-1]
+    observations, texts = bench.observations[:16], (texts * 16)[:16]
+
+    def act(size):
+        generators = [np.random.default_rng(i) for i in range(size)]
+        return policy.act(observations[:size], texts[:size], generators)
+
+    bench.reset_peak()
+    acting, acting_peak = bench.rate(lambda: act(bench.batch), bench.batch), bench.peak()
+    chunks = act(micro)
+    bench.reset_peak()
+    scoring = bench.rate(lambda: policy.log_prob(chunks).sum().backward(), micro)
+    policy.zero_grad()
+    return (f"act_batch {bench.batch}: {acting}, {acting_peak}; "
+            f"gradient, micro_batch {micro}: {scoring}, {bench.peak()}")
+
+def precision(bench):
+    """adapters in float32, as they were, against adapters in the decoder's precision, as they are"""
+    now = bench.act(bench.batch, bench.batch)
+    with float32_adapters(bench.policy):
+        before = bench.act(bench.batch, bench.batch)
+        say(f"float32: {speed_of(bench, TEXTS)}")
+    say(f"the decoder's: {speed_of(bench, TEXTS)}")
+    apart = np.stack([a["sample"] - c["sample"] for a, c in zip(before, now)])
+    say(f"normalised actions differ by {np.abs(apart).mean():.4f}, at most {np.abs(apart).max():.4f}")
+
+def steps(bench):
+    """an optimiser step: what it changes, and how much of that is rounding"""
+    policy = bench.policy
+    episodes = bench.halves()
+    chunks = [chunk for half in episodes for chunk in half.chunks]
+    trained = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
+    precise = copy.deepcopy(policy).float()
+    old = [score(p, chunks, 4)[1] for p in (policy, precise)]
+    for lr in (2e-7, ript.Config.lr):
+        optimizer = bench.optimizer()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        bench.update(optimizer, episodes, 2, 4)
+        moved = dict(policy.named_parameters())
+        precise.load_state_dict({name: moved[name] for name in trained}, strict=False)
+        change, truth = (score(p, chunks, 4)[1] - was for p, was in zip((policy, precise), old))
+        say(f"lr {lr}, as computed: {describe(change)}")
+        say(f"lr {lr}, in float32: {describe(truth)}")
+        say(f"lr {lr}, rounding alone: {describe(change - truth)}")
+        policy.load_state_dict(trained, strict=False)
+
+@contextmanager
+def largest_outputs(policy):
+    """-> a dict that fills with the largest absolute output of each kind of module, NaN if there is one.
+
+    A kind is a name without the numbers of layers and blocks."""
+    largest, hooks = {}, []
+    for name, module in policy.named_modules():
+        if isinstance(module, torch.nn.Identity):
+            continue
+
+        def keep(module, arguments, output, kind=re.sub(r"\b\d+\b", "*", name)):
+            if isinstance(output, torch.Tensor) and output.is_floating_point():
+                value = output.detach().abs().max().float()
+                largest[kind] = torch.maximum(largest.get(kind, value), value)  # which keeps a NaN
+
+        hooks.append(module.register_forward_hook(keep))
+    try:
+        yield largest
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+@torch.no_grad()
+def half(bench):
+    """a float16 base: noise against float32, and what overflows; no option, a measurement"""
+    chunks = bench.act(bench.chunks, 8)
+    halved = copy.deepcopy(bench.policy)
+    for name, p in halved.named_parameters():
+        if not is_adapter_or_head(name):
+            p.data = p.data.half()
+    precise = copy.deepcopy(bench.policy).float()
+    found, truth = {}, None
+    for name, policy in (("float32", precise), ("bfloat16", bench.policy), ("float16", halved)):
+        with largest_outputs(policy) as largest:
+            parts = [policy.log_prob(chunks[start:start + 4]) for start in range(0, len(chunks), 4)]
+        found[name] = torch.cat(parts).cpu()
+        truth = found["float32"]
+        say(f"{name}: {describe(found[name] - truth)}")
+        sizes = {kind: value.item() for kind, value in largest.items()}
+        broken = [kind for kind, size in sizes.items() if not np.isfinite(size)]
+        finite = sorted((size, kind) for kind, size in sizes.items() if np.isfinite(size))
+        say(f"{name}: infinity or NaN in {len(broken)} of {len(sizes)} kinds of modules {broken[:5]}, "
+            f"largest output {finite[-1][0]:.1f} in {finite[-1][1]}")
+
+def both(bench):
+    """pictures while the policy acts: the rates alone, and beside each other"""
+    if importlib.util.find_spec("mujoco") is None:
+        return say(NO_MUJOCO)
+    number = 2 if bench.tiny else 16
+    acting = bench.rate(lambda: bench.act(bench.batch, bench.batch), bench.batch)
+    with drawing(bench, number) as simulators, ThreadPoolExecutor(1) as pool:
+        for kind, per_step, substeps, every in (("pictures", 2, 0, 1),
+                                                ("control steps with pictures at every eighth", 1, 25, 8)):
+            words = [(bench.seconds, substeps, every)] * number
+            alone = per_step * sum(ask(simulators, "run", words))
+            drawn = pool.submit(ask, simulators, "run", words)
+            chunks, began = 0, time.perf_counter()
+            while not drawn.done():
+                bench.act(bench.batch, bench.batch)
+                chunks += bench.batch
+            beside = chunks / (time.perf_counter() - began)
+            together = per_step * sum(drawn.result())
+            say(f"{number} processes, {kind} per second: {alone:.0f} alone, {together:.0f} beside acting")
+            say(f"acting: {acting} alone, {beside:.2f} chunks/s beside them")
+
+@contextmanager
+def no_mask(policy, causal=False):
+    """Attention without a mask, as flash attention wants it: both ways, or with causal one way."""
+    from transformers.models.llama import modeling_llama
+    attention = [layer.self_attn for layer in policy.language_model.model.layers]
+    make_mask = modeling_llama.create_causal_mask
+    modeling_llama.create_causal_mask = lambda *arguments, **named: None
+    for module in attention:
+        module.is_causal = causal
+    try:
+        yield
+    finally:
+        modeling_llama.create_causal_mask = make_mask
+        for module in attention:
+            module.is_causal = True
+
+def flash_runs(bench):
+    """Whether the policy acts where no attention but flash attention is allowed."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    try:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            bench.act(1, 1)
+        return True
+    except RuntimeError:  # no available kernel
+        return False
+
+def mask(bench):
+    """the attention mask where a batch has no padding: what dropping it would give"""
+    texts = TEXTS[:1]
+    precise = copy.deepcopy(bench.policy).float()
+    means = []
+    for way in (nullcontext(), no_mask(precise), no_mask(precise, causal=True)):
+        with way, torch.no_grad():
+            means.append(precise.density(bench.observations[:2], texts * 2)[0])
+    del precise
+    same, other = ((mean - means[0]).abs().max().item() for mean in means[1:])
+    say(f"in float32 the mean differs by {same:.2g} without the mask; it would by {other:.2g} if causal")
+    ript.require(same < 1e-3 < other, "attention without the mask is another function")
+    for name, way in (("with the mask", nullcontext()), ("without", no_mask(bench.policy))):
+        with way:
+            say(f"{name}: {'flash attention' if flash_runs(bench) else 'no flash attention'}, "
+                f"{speed_of(bench, texts)}")
+
 def rehearse(bench):
     """one chunk, acted and scored with gradient, on a CPU"""
     began = time.perf_counter()
@@ -438,14 +638,14 @@ def rehearse(bench):
     say(f"{reached} tensors have gradients")
 
 ROWS = (build, agreement, yardstick, memory, acting, scoring, pictures, collectives, repetition, bandit,
-        adapters)
+        adapters, precision, steps, half, both, mask)
 
 def save_scene(file):
     """Write MuJoCo's model of LIBERO-Long's first scene, and where things stand."""
     simulator = ript.load_suite("libero_10")()
     simulator.make_env(0)
     sim = simulator.env.sim
-    Path(file).write_bytes(lzma.compress(pickle.dumps((sim.model._model, sim.data._data.qpos.copy()))))
+    write_scene(file, sim.model._model, sim.data._data.qpos)
     os._exit(0)  # robosuite's destructors would free what is freed already
 
 def run_row(number, row, bench):
@@ -468,7 +668,8 @@ def main():
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--rehearsal", action="store_true")
-    parser.add_argument("--rows", type=int, nargs="+", default=range(1, 12), choices=range(1, 12))
+    numbers = range(1, len(ROWS) + 1)
+    parser.add_argument("--rows", type=int, nargs="+", default=numbers, choices=numbers)
     parser.add_argument("--scene", default="")
     parser.add_argument("--save_scene", default="")
     options = parser.parse_args()

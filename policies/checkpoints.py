@@ -2,6 +2,7 @@
 
 Nothing that was downloaded is executed. Errors are of any kind; ript.reading makes one sentence of them.
 """
+import hashlib
 import json
 from pathlib import Path
 
@@ -47,6 +48,34 @@ def bare(weights):
     """Weights in float32, without the "module." of DistributedDataParallel before their names."""
     return {name.removeprefix("module."): value.float() for name, value in weights.items()}
 
+def checksums(folder, *names):
+    """The checksums of files that are written together. The file that is written last keeps them."""
+    found = {}
+    for name in names:
+        with open(folder / name, "rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+def check_together(folder, settings):
+    """Raise UserError unless the files of a policy are those that were written together, as far as its
+    settings, from which their checksums are taken out, say that. Files of others do not."""
+    for name, checksum in settings.pop("files", {}).items():
+        with reading(folder / name):
+            same = checksums(folder, name)[name] == checksum
+        require(same, f"{folder / name} was not written together with the files beside it: one of them is of "
+                "another moment or has been changed")
+
+def read_origin(folder):
+    """The settings in a policy's ript.json, which says what it is made for; empty where there is none. Raises
+    UserError unless the files of the policy were written together."""
+    path = folder / "ript.json"
+    if not path.exists():
+        return {}
+    with reading(path):
+        settings = read_json(path)
+    check_together(folder, settings)
+    return settings
+
 def fill(path, **modules):
     """Fill modules from a file that has the weights of each by its name."""
     saved = read_weights(path)
@@ -57,23 +86,31 @@ def read_index(path):
     """The shards that an index names. Others in its directory do not count."""
     return sorted({path.with_name(name) for name in read_json(path)["weight_map"].values()})
 
-def read_base(folder):
-    """Yield names and tensors of a released checkpoint, file by file: the 7B is 15 GB, its largest file 7."""
+def find_parts(folder):
+    """The files of the action head and of the proprio projector in a released checkpoint, by their names."""
     parts = sorted(folder.glob("*--*_checkpoint.pt"))
     names = [file.name.split("--")[0] for file in parts]
     require(names == ["action_head", "proprio_projector"],
             f"cannot read {folder}: it must have one action_head--*_checkpoint.pt and one proprio_projector--"
             f"*_checkpoint.pt, it has {', '.join(file.name for file in parts) or 'none'}")
+    return dict(zip(names, parts))
+
+def find_shards(folder):
+    """The files of a released checkpoint that have the other weights."""
     index = folder / "model.safetensors.index.json"
-    shards = [folder / "model.safetensors"]
-    if index.exists():
-        with reading(index):
-            shards = read_index(index)
-    for file in shards:
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    with reading(index):
+        return read_index(index)
+
+def read_base(folder):
+    """Yield names and tensors of a released checkpoint, file by file: the 7B is 15 GB, its largest file 7."""
+    parts = find_parts(folder)
+    for file in find_shards(folder):
         with reading(file):
             weights = load_file(file)
         yield from weights.items()
-    for part, file in zip(names, parts):
+    for part, file in parts.items():
         with reading(file):
             weights = bare(read_weights(file))
         for name, value in weights.items():

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ript
-from policies.checkpoints import fetch, read_json
+from policies.checkpoints import checksums, fetch, read_json, read_origin
 
 # transformers is imported where it is used: simulators, which import this file, have no use for it.
 
@@ -56,8 +56,12 @@ def sde_step(x, velocity, t, d, a):
     return (1 - t + d) * clean + (t - d - s ** 2 * d / (2 * t)) * noise, s * math.sqrt(d)
 
 def gaussian_log_prob(x, mean, std):
-    """Log-density of independent Gaussians, (..., A) each -> (...), summed over A."""
-    return (-((x - mean) / std) ** 2 / 2 - torch.log(std) - math.log(2 * math.pi) / 2).sum(-1)
+    """Log-density of independent Gaussians, (..., A) each -> (...), summed over A. Where a number is not
+    finite it is NaN and without gradient, as in ript.laplace_log_prob."""
+    known = (x + mean + std).isfinite().all(-1, keepdim=True)  # ... 1
+    x, mean, std = (torch.where(known, number, 1.0) for number in (x, mean, std))
+    log_prob = -((x - mean) / std) ** 2 / 2 - torch.log(std) - math.log(2 * math.pi) / 2
+    return torch.where(known, log_prob, math.nan).sum(-1)
 
 # -------------------------------------------------------------------------------------------------- Policy
 class Pi0(nn.Module):
@@ -94,8 +98,10 @@ class Pi0(nn.Module):
         """The policy that a run starts from."""
         policy = cls.from_pretrained(cfg.checkpoint, cfg.device)
         policy.scale_multiplier = cfg.scale_multiplier
-        for text in ript.tasks_of(cfg).values():
-            policy.tokens(text)  # complains now, and not in a rollout
+        # It complains now, and not in a rollout.
+        tokens = [policy.tokens(text) for text in ript.tasks_of(cfg).values()]
+        numbers = [array.tolist() for array in (*policy.state, *policy.action)]
+        policy.constants = numbers, tokens  # what actions depend on beside weights, for ript.fingerprint
         return policy
 
     @classmethod
@@ -120,8 +126,9 @@ class Pi0(nn.Module):
     @classmethod
     def read_saved(cls, folder, device, dtype):
         """What save wrote: the checkpoint that it names, with an expert of its own."""
+        settings = read_origin(folder)
         with ript.reading(folder / "ript.json"):
-            base = read_json(folder / "ript.json")["base"]
+            base = settings["base"]
         policy = cls.from_pretrained(base, device, dtype)
         with ript.reading(folder / "pi0_expert.safetensors"):
             expert = load_file(folder / "pi0_expert.safetensors")
@@ -137,8 +144,9 @@ class Pi0(nn.Module):
         weights = {name: p.detach().cpu() for name, p in self.pi0.named_parameters() if p.requires_grad}
         with ript.writing(Path(directory, "pi0_expert.safetensors")) as temporary:
             save_file(weights, temporary)
+        files = checksums(Path(directory), "pi0_expert.safetensors")
         with ript.writing(Path(directory, "ript.json")) as temporary:
-            temporary.write_text(json.dumps(dict(base=self.base)))
+            temporary.write_text(json.dumps(dict(base=self.base, files=files)))
 
     # -- observations and actions
     @classmethod

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ript
-from policies.checkpoints import check_trained_with, check_statistics, fetch, read_json, weights_of
+from policies.checkpoints import (check_statistics, check_together, check_trained_with, checksums, fetch,
+                                  read_json, weights_of)
 from policies.openvla_oft import OpenVLAOFT
 
 
@@ -45,6 +46,7 @@ class Tiny(OpenVLAOFT):
     # Stage 2 trains all of it but the scale head.
     sft_modules = ("vision_backbone", "projector", "proprio_projector", "language_model", "action_head")
     PRESET = {}  # the suites for small policies have the settings
+    PUBLISHED = {}
     IMITATION = {}
 
     def __init__(self, statistics=None):
@@ -102,6 +104,7 @@ class Tiny(OpenVLAOFT):
         # This copies the weights: to the last bit, results depend on where in memory they are.
         with ript.reading(folder / "model.safetensors"):
             policy.load_state_dict(load_file(folder / "model.safetensors"))
+        check_together(folder, settings)
         policy.check_attention()
         return policy
 
@@ -109,15 +112,17 @@ class Tiny(OpenVLAOFT):
     def read_settings(path):
         """What a config.json says: the statistics, and the settings that the policy is made for."""
         settings = read_json(path)
-        if not {"statistics"} <= set(settings) <= {"statistics", "origin"}:
+        if not {"statistics"} <= set(settings) <= {"statistics", "origin", "files"}:
             raise ValueError("it is not a tiny policy's")
         check_statistics(settings["statistics"])
         return settings
 
     def save(self, directory):
-        """Write config.json and model.safetensors."""
-        settings = dict(origin=self.trained_with, statistics=self.statistics)
-        with ript.writing(Path(directory, "config.json")) as file:
-            file.write_text(json.dumps(settings, indent=1))
-        with ript.writing(Path(directory, "model.safetensors")) as file:
+        """Write model.safetensors and config.json."""
+        directory = Path(directory)
+        with ript.writing(directory / "model.safetensors") as file:
             save_file(weights_of(self), file)
+        settings = dict(origin=self.trained_with, statistics=self.statistics,
+                        files=checksums(directory, "model.safetensors"))
+        with ript.writing(directory / "config.json") as file:
+            file.write_text(json.dumps(settings, indent=1))

@@ -9,6 +9,8 @@ import tempfile
 from importlib.metadata import distribution, version
 from pathlib import Path
 
+import ript
+
 
 def prepare():
     """Set what MuJoCo and robosuite read when they are imported. An existing setting is kept."""
@@ -77,13 +79,21 @@ def init_worker():
     choose_device()
 
 
+def check_meshes():
+    """Raise ript.UserError unless LIBERO's meshes are where its config.yaml says."""
+    from libero.libero import get_libero_path
+    found = Path(get_libero_path("assets")).is_dir()
+    ript.require(found, "LIBERO's meshes are missing: run libero-download-assets")
+
+
 def choose_device():
     """Choose the GPU that draws, in a simulator's process: its trainer's, or the first where there are fewer.
 
     robosuite takes CUDA_VISIBLE_DEVICES for numbers of EGL's devices, and fails where it has names. It is of
     no other use in this process.
     """
-    rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank = os.environ.get("LOCAL_RANK", "0")
+    rank = int(rank) if rank.isdecimal() else 0  # ript.init_distributed complains
     visible = os.environ.pop("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")
     if os.environ.get("MUJOCO_GL") != "egl" or "MUJOCO_EGL_DEVICE_ID" in os.environ:
         return

@@ -11,7 +11,7 @@ import ript
 from policies.openvla_oft import OpenVLAOFT
 from policies.tiny import Tiny
 from scripts import sft
-from tests.conftest import GOLDEN, LORA, SCALE, config, copy_of, other_sentences
+from tests.conftest import GOLDEN, LORA, ROOT, SCALE, config, copy_of, other_sentences, small_policy
 
 LONG_7B = "--model openvla-oft --suite libero_10 --out {tmp}/out "
 OFT = LONG_7B + "--task 2 --checkpoint {tmp}/oft "
@@ -152,3 +152,56 @@ def test_an_adapter_is_used_for_what_it_was_made_for(no_simulators, tmp_path):
     assert OpenVLAOFT.load(cfg).trained_with["prefix"] == "exact"
     wrong = [(OFT + "--adapter {tmp}/adapter " + more, sentence) for more, sentence in ORIGIN_OF_ADAPTERS]
     assert not other_sentences(ript, wrong, tmp=tmp_path)
+
+
+# --------------------------------------------------------------------------- files that belong to one another
+def mixtures(one, other):
+    """One after another, folders with a file of the second policy among those of the first."""
+    for name in sorted(path.name for path in one.iterdir()):
+        if (one / name).read_bytes() != (other / name).read_bytes():
+            kept = (one / name).read_bytes()
+            shutil.copyfile(other / name, one / name)
+            yield name
+            (one / name).write_bytes(kept)
+
+
+def test_a_small_policy_of_two_moments_is_refused(tmp_path):
+    for seed in (0, 1):
+        small_policy(seed).save(tmp_path / str(seed))
+    mixed = 0
+    for name in mixtures(tmp_path / "0", tmp_path / "1"):
+        with pytest.raises(ript.UserError, match="model.safetensors was not written together with the files"):
+            Tiny.from_pretrained(tmp_path / "0")
+        mixed += 1
+    assert mixed == 2
+    Tiny.from_pretrained(tmp_path / "0")
+    assert not list(tmp_path.rglob("*.tmp*"))
+
+
+def test_adapters_and_heads_of_two_moments_are_refused(oft, tmp_path):
+    """As after a run that was killed while it wrote them."""
+    policy = OpenVLAOFT.from_pretrained(GOLDEN / "tiny_oft", "libero_10", GOLDEN / LORA)
+    policy.save(tmp_path / "0")
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            if "lora_B" in name or "action_head" in name:
+                p += 0.01
+    policy.save(tmp_path / "1")
+    seen = []
+    for name in mixtures(tmp_path / "0", tmp_path / "1"):
+        with pytest.raises(ript.UserError, match="was not written together with the files beside it"):
+            OpenVLAOFT.from_pretrained(GOLDEN / "tiny_oft", "libero_10", tmp_path / "0")
+        seen.append(name)
+    assert seen == ["adapter_model.safetensors", "openvla_headers.pt", "ript.json"]
+    for folder in ("0", "1"):
+        OpenVLAOFT.from_pretrained(GOLDEN / "tiny_oft", "libero_10", tmp_path / folder)
+
+
+def test_what_else_decides_actions_is_part_of_a_fingerprint(tmp_path):
+    shutil.copytree(ROOT / "policies/tabletop", tmp_path / "policy")
+    before = ript.fingerprint(Tiny.from_pretrained(tmp_path / "policy"))
+    assert before == ript.fingerprint(Tiny.from_pretrained(tmp_path / "policy"))
+    settings = json.loads((tmp_path / "policy/config.json").read_text())
+    settings["statistics"]["proprio"]["q99"][2] += 0.01
+    (tmp_path / "policy/config.json").write_text(json.dumps(settings))
+    assert ript.fingerprint(Tiny.from_pretrained(tmp_path / "policy")) != before

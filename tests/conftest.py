@@ -150,13 +150,13 @@ def libero_or_skip():
         pytest.skip("LIBERO's meshes are not there: run libero-download-assets")
 
 
-def write_demonstration(path, steps=12, size=64, actions=None):
-    """A file as LIBERO's are: upside-down pictures, actions, simulator states."""
+def write_demonstration(path, steps=12, size=64, actions=None, state_size=79):
+    """A file as LIBERO's are: upside-down pictures, actions, simulator states, as wide as LIBERO-Goal's."""
     rng = np.random.default_rng(0)
     with h5py.File(path, "w") as file:
         demo = file.create_group("data/demo_0")
         demo["actions"] = rng.uniform(-1, 1, (steps, 7)) if actions is None else actions
-        demo["states"] = rng.standard_normal((steps, 50))
+        demo["states"] = rng.standard_normal((steps, state_size))
         for name, width in (("ee_pos", 3), ("ee_ori", 3), ("gripper_states", 2), ("joint_states", 7)):
             demo[f"obs/{name}"] = rng.standard_normal((steps, width))
         for name in ("agentview_rgb", "eye_in_hand_rgb"):

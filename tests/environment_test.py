@@ -19,7 +19,8 @@ from tests.conftest import launch
 def test_pictures_are_drawn_by_the_trainers_gpu_where_there_are_enough(monkeypatch, settings, device):
     monkeypatch.setattr(environment, "egl_devices", lambda: 2)
     for name in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "MUJOCO_EGL_DEVICE_ID"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is as before at the end, whatever is set meanwhile
+        monkeypatch.delenv(name)
     for name, value in (dict(MUJOCO_GL="egl") | settings).items():
         monkeypatch.setenv(name, value)
     environment.choose_device()

@@ -1,17 +1,24 @@
 """The claims of experiments/, at toy size: every one is accepted, and the suites are what they say."""
+import argparse
+import copy
+import os
+import pickle
 import subprocess
 import sys
 
 import ript  # before torch is: it says how OpenMP's threads wait
 
+import mujoco
 import numpy as np
 import pytest
 import torch
 
-from experiments import ablations, adapters, bandit, common, libero_suites, tabletop_suites
+from experiments import (ablations, adapters, bandit, cards, common, critic, flow, gpu, grpo, libero_suites,
+                         tabletop_suites)
 from ript import Context, Episode, load_suite
-from tests.conftest import (PRETRAINED, TASKS, config, demo_config, libero_or_skip, pretrained,
-                            random_observations)
+from ript_test import arguments
+from tests.conftest import (PRETRAINED, ROOT, TASKS, config, demo_config, libero_or_skip, mistake_of, pretrained,
+                            random_observations, rows_without_seconds)
 
 
 # ------------------------------------------------------------------------------------------ the shared runner
@@ -39,6 +46,32 @@ def test_a_script_runs_once_and_goes_on_where_it_was_interrupted(tmp_path):
     assert 0 < common.memory_gb(out) < 10
 
 
+def test_an_interrupted_evaluation_goes_on_and_an_interrupted_stage_2_begins_again(tmp_path, monkeypatch):
+    commands = []
+
+    class Process:
+        def __init__(self, command, **_):
+            commands.append(command[2:])
+            self.pid = os.spawnlp(os.P_NOWAIT, "true", "true")
+
+    monkeypatch.setattr(common.subprocess, "Popen", Process)
+    for name in ("evaluation", "sft"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    common.run_once(tmp_path / "evaluation", "ript.py", "--eval")
+    assert commands == [["--eval", "--resume", str(tmp_path / "evaluation")]]
+    with pytest.raises(FileNotFoundError):  # this process makes no directory, so that done has no place
+        common.run_once(tmp_path / "sft", "scripts/sft.py")
+    assert commands[1] == ["--out", str(tmp_path / "sft")]
+
+
+@pytest.mark.parametrize("program,words", [
+    (ablations, "nothing"), (ablations, "tabletop nothing"), (ablations, "tabletop --seeds x"),
+    (ablations, "senses nothing"), (critic, "nothing"), (critic, "critic nothing"), (flow, "nothing")])
+def test_a_name_that_is_no_experiment_gets_a_sentence(program, words):
+    assert mistake_of(program, words)
+
+
 def test_a_curve_is_success_against_the_rollouts_so_far(tmp_path):
     metrics = [dict(iteration=0, eval_success=0.2), dict(iteration=1, rollouts=96),
                dict(iteration=2, rollouts=104, eval_success=0.5)]
@@ -57,6 +90,25 @@ def test_every_experiment_is_a_run_that_ript_accepts(tmp_path):
             libero_or_skip()
         ript.check(demo_config(*shared.split(), *stage_2.split(), "--out", tmp_path))
         ript.check(config(*shared.split(), *stage_3.split(), "--out", tmp_path))
+
+
+def test_grpo_divides_by_the_groups_standard_deviation_and_nothing_else_changes(monkeypatch, tmp_path):
+    rewards = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]])
+    advantage = grpo.grpo_advantage(rewards)
+    expected = torch.tensor([[1.5, -0.5, -0.5, -0.5], [0.866, 0.866, -0.866, -0.866],
+                             [0.5, 0.5, 0.5, -1.5]])  # (R - mean) / 0.5, 0.577 and 0.5
+    torch.testing.assert_close(advantage, expected, atol=5e-4, rtol=0)
+    assert not grpo.grpo_advantage(torch.ones(2, 4, dtype=torch.bool)).any()
+    monkeypatch.setattr(ript, "leave_one_out_advantage", ript.leave_one_out_advantage)  # and back again
+    rows = {}
+    for name, program in dict(ript=ript, grpo=grpo).items():
+        program.main(arguments(max_rejected=0, iterations=1, eval_contexts=1, workers=1, out=tmp_path / name))
+        rows[name] = rows_without_seconds(tmp_path / name)[1]
+    other = {key for key in rows["ript"] if rows["ript"][key] != rows["grpo"][key]}
+    assert {"grad_norm"} <= other <= {"grad_norm", "loss", "eval_success"}
+    assert ablations.SCRIPTS.keys() <= ablations.EXPERIMENTS.keys()
+    for name, other in ablations.START_OF.items():
+        assert ablations.EXPERIMENTS[name][:2] == ablations.EXPERIMENTS[other][:2]  # one stage 2
 
 
 def test_table_and_figure_are_of_the_csv_files_and_a_wrong_name_is_refused(tmp_path, monkeypatch, capsys):
@@ -93,6 +145,31 @@ def test_the_controls_are_suites_with_the_offsets_and_seeds_that_they_say():
         places.append(simulator.cube().copy())
         simulator.env.close()
     assert (places[0] == places[1]).all()
+
+
+def test_the_table_of_cards_is_computed_from_what_gpu_py_has_printed(tmp_path, monkeypatch, capsys):
+    printed = common.RESULTS / "gpu/h100.txt"
+    kept = common.read_csv(cards.MEASURED)
+    rows = cards.read_printed(printed)
+    assert [{key: str(value) for key, value in row.items()} for row in rows] == kept
+    assert dict(measure="act", batch=8, value=25.63, file="h100.txt") in rows
+    assert not any(row["measure"] == "peak_of_24_gib" and row["batch"] > 4 for row in rows)  # 8 does not fit
+    monkeypatch.setattr(cards, "RESULTS", tmp_path)
+    cards.main([])
+    table = (tmp_path / "gpu/cards.csv").read_text()
+    assert table == (common.RESULTS / "gpu/cards.csv").read_text()
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 + 12 and all(line in (ROOT / "docs/DETAILS.md").read_text() for line in said)
+    # By hand, on the card that was measured: what was measured, but for the fit of a line.
+    acted, kept = 24 * 8 * 40 / 25.63, 24 * 8 * 40 * (1 / 26.62 + 1 / 19.43)  # seconds
+    measured = {name: {row["batch"]: row["value"] for row in rows if row["measure"] == name}
+                for name in cards.LINES}
+    minutes, _ = cards.hours_of(cards.CARDS[-1], 1, 24, measured)
+    assert minutes == pytest.approx((acted + kept) / 60, rel=0.05)
+    assert cards.hours_of(cards.CARDS[-1], 4, 24, measured)[0] == pytest.approx(minutes / 4)
+    (tmp_path / "cut.txt").write_text(printed.read_text()[:3000])
+    with pytest.raises(ript.UserError, match="has no line of gpu.py for act, gradient"):
+        cards.read_printed(tmp_path / "cut.txt")
 
 
 @pytest.fixture(scope="module")
@@ -225,8 +302,69 @@ def test_the_bandit_learns_and_with_the_sign_flipped_it_does_not():
     assert min(levels[1]) > 0.70 and max(levels[-1]) < 0.35
 
 
+@pytest.fixture(scope="module")
+def bench():
+    bench = gpu.Bench(argparse.Namespace(tiny=True, device="cpu", scene=""))
+    bench.build()
+    return bench
+
+
+def test_the_gpu_benchmark_has_adapters_as_they_were_and_as_they_are(bench):
+    layer = bench.policy.language_model.model.layers[0].self_attn.q_proj
+    dtypes = []
+    hook = layer.lora_A["default"].register_forward_hook(lambda module, x, y: dtypes.append(y.dtype))
+    acted = [bench.act(1, 1)]
+    with gpu.float32_adapters(bench.policy):
+        acted.append(bench.act(1, 1))
+    acted.append(bench.act(1, 1))
+    hook.remove()
+    assert dtypes == [torch.bfloat16, torch.float32, torch.bfloat16]
+    before, between, after = (chunks[0]["sample"] for chunks in acted)
+    assert (before == after).all() and 0 < np.abs(before - between).max() < 0.3
+
+
+def test_the_gpu_benchmark_drops_the_mask_and_puts_it_back(bench):
+    def mean():
+        with torch.no_grad():
+            return bench.policy.density(bench.observations[:1], gpu.TEXTS[:1])[0]
+
+    masked = mean()
+    with gpu.no_mask(bench.policy):
+        without = mean()
+    with gpu.no_mask(bench.policy, causal=True):
+        causal = mean()
+    assert (masked - without).abs().max() < 0.05 < (masked - causal).abs().max()
+    assert (mean() == masked).all()
+
+
+def test_the_gpu_benchmark_notices_what_overflows(bench):
+    policy = copy.deepcopy(bench.policy)
+    policy.language_model.model.layers[1].mlp.down_proj.base_layer.weight.data[0, 0] = float("inf")
+    with gpu.largest_outputs(policy) as largest:
+        policy.density(bench.observations[:1], gpu.TEXTS[:1])
+    broken = {kind for kind, value in largest.items() if not value.isfinite()}
+    assert "language_model.model.layers.*.mlp.down_proj" in broken
+    assert "projector.fc1" in largest.keys() - broken
+
+
+def test_a_scene_is_written_in_mujocos_own_form_and_a_pickle_is_refused(tmp_path):
+    model = mujoco.MjModel.from_xml_string(gpu.Scene.XML.format(gpu.Scene.BLOCK.format(0.1, 0.2)))
+    qpos = np.arange(7.0)
+    gpu.write_scene(tmp_path / "scene.npz", model, qpos)
+    again, where = gpu.read_scene(tmp_path / "scene.npz")
+    assert (where == qpos).all() and (again.geom_size == model.geom_size).all() and again.nq == 7
+    assert again.camera("agentview").pos[2] == 1 and list(tmp_path.iterdir()) == [tmp_path / "scene.npz"]
+    (tmp_path / "pickle").write_bytes(pickle.dumps((1, qpos)))
+    np.savez(tmp_path / "objects.npz", model=np.array([model], dtype=object), qpos=qpos)
+    for name in ("pickle", "objects.npz"):
+        with pytest.raises(ript.UserError, match=f"cannot read .*{name}.*allow_pickle=False"):
+            gpu.read_scene(tmp_path / name)
+
+
 def test_every_row_of_the_gpu_benchmark_runs_with_a_small_policy_on_a_cpu():
     command = [sys.executable, common.ROOT / "experiments/gpu.py", "--tiny"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "FAILED" not in done.stdout and done.stdout.count("\n") > 20
+    rows = [line for line in done.stdout.splitlines() if line.partition(". ")[0].isdigit()]
+    assert len(rows) == len(gpu.ROWS) == 16
+    assert "FAILED" not in done.stdout and "not measured" not in done.stdout

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributions import Normal
 from transformers import PI0Config, PI0ForConditionalGeneration
 
-from policies.pi0 import Pi0
+from policies.pi0 import Pi0, gaussian_log_prob
 from tests.conftest import libero_or_skip
 
 FILE = Path(__file__).resolve().parents[1] / "policies/pi0.py"
@@ -182,6 +182,18 @@ def test_noise_in_the_last_step_alone_has_the_published_mean_and_std_and_is_scor
     near(np.stack([r["log_prob"] for r in chunks]), expected, 1e-4)
     assert chunks[0]["scale"] == pytest.approx(std.item())
 
+@pytest.mark.parametrize("which", range(3))
+def test_a_step_that_is_not_finite_has_no_density_and_no_gradient(which):
+    numbers = [torch.rand(2, 3, 7) + 0.5 for _ in range(3)]
+    numbers[which][0, 1, 2] = np.nan
+    numbers = [number.requires_grad_() for number in numbers]
+    log_prob = gaussian_log_prob(*numbers)
+    assert log_prob.isnan().tolist() == [[False, True, False], [False] * 3]
+    log_prob.nan_to_num().sum().backward()
+    for number in numbers:
+        assert number.grad.isfinite().all() and (number.grad[0, 1] == 0).all() and (number.grad[1] != 0).all()
+
+
 def test_log_prob_is_what_act_recorded_whatever_the_batch(policy):
     chunks = act(policy)
     recorded = np.stack([r["log_prob"] for r in chunks])
@@ -295,7 +307,8 @@ def test_what_is_saved_loads_to_the_same_actions_and_is_the_expert_alone(release
     names = load_file("run/last/pi0_expert.safetensors")
     assert not any("vlm" in name for name in names) and len(names) == 29
     again.save(tmp_path / "second")
-    assert json.loads((tmp_path / "second/ript.json").read_text()) == dict(base=str(released))
+    settings = json.loads((tmp_path / "second/ript.json").read_text())
+    assert settings["base"] == str(released) and list(settings["files"]) == ["pi0_expert.safetensors"]
 
 def change_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -453,4 +466,4 @@ def test_an_iteration_of_pi0_in_libero(released, tmp_path, monkeypatch):
     moved = {name for name in start if (start[name] != end[name]).any()}
     assert moved and not any("vlm" in name for name in moved)
     ript.main([*always, str(last), "--eval", "--out", str(tmp_path / "eval")])
-    assert len(json.loads((tmp_path / "eval/evaluation_success.json").read_text())) == 1
+    assert len(json.loads((tmp_path / "eval/evaluation_success.json").read_text())["outcomes"]) == 1

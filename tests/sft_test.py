@@ -1,19 +1,22 @@
 """The claims of scripts/sft.py: demonstrations, scripted or LIBERO's, and what is learned from them."""
 import copy
+import json
 import math
+import shutil
 
 import ript  # before torch is: it says how OpenMP's threads wait
 
 import h5py
 import numpy as np
+import pytest
 import torch
 
 from policies.openvla_oft import OpenVLAOFT
 from policies.tiny import Tiny
 from ript import Context, load_suite
 from scripts import sft
-from tests.conftest import (GOLDEN, SCALE, TASKS, assert_close, demo_config, flat_state, libero_or_skip,
-                            small_policy, trained, write_demonstration)
+from tests.conftest import (GOLDEN, PRETRAINED, SCALE, TASKS, assert_close, demo_config, flat_state,
+                            libero_or_skip, mistake_of, small_policy, trained, write_demonstration)
 
 
 # ------------------------------------------------------------------------------------------ demonstrations
@@ -114,10 +117,11 @@ def test_stage_2_writes_the_policy_that_stage_3_starts_from(tmp_path):
 
 def test_the_7bs_scale_head_is_fitted_alone_and_saved_in_the_released_form(no_simulators, tmp_path):
     suite = load_suite("libero_10")
-    write_demonstration(suite.demo_file(tmp_path, 2), size=128)
+    (tmp_path / "demos").mkdir()
+    write_demonstration(suite.demo_file(tmp_path / "demos", 2), size=128, state_size=47)
     # Pictures of this size are read from the file. Its states, which are none of the task's, are not drawn.
-    arguments = ["--model", "openvla-oft", "--suite", "libero_10", "--task", "2", "--demos", str(tmp_path),
-                 "--image_size", "128", "--workers", "1"]
+    arguments = ["--model", "openvla-oft", "--suite", "libero_10", "--task", "2", "--demos",
+                 str(tmp_path / "demos"), "--image_size", "128", "--workers", "1"]
     sft.main([*arguments, "--checkpoint", str(GOLDEN / "tiny_oft"), "--scale_steps", "10",
               "--out", str(tmp_path / "sft")])
     fitted = torch.load(tmp_path / "sft/scale_header.pth", weights_only=True)
@@ -136,3 +140,112 @@ def test_the_7bs_scale_head_is_fitted_alone_and_saved_in_the_released_form(no_si
     assert losses[1] < losses[0] - 1
     with torch.no_grad():
         assert (start.predict(seen, texts)[0] == end.predict(seen, texts)[0]).all()  # the mean is as it was
+
+
+# ----------------------------------------------------------------------------------- what must not be learned
+def spoil(path, change):
+    """Change a file of demonstrations."""
+    with h5py.File(path, "a") as file:
+        change(file["data"])
+
+
+def put(name, place, value):
+    """A change of a demonstration: a value at a place of an array."""
+    def change(data):
+        data[f"demo_0/{name}"][place] = value
+    return change
+
+
+def replaced(name, make):
+    """A change of a demonstration: another array."""
+    def change(data):
+        array = make(data[f"demo_0/{name}"][:])
+        del data[f"demo_0/{name}"]
+        data[f"demo_0/{name}"] = array
+    return change
+
+
+def named(**attributes):
+    """A change of a file: what it says of its task."""
+    return lambda data: data.attrs.update(attributes)
+
+
+def instruction(text):
+    return json.dumps(dict(problem_name="x", language_instruction=text))
+
+
+# Of task 3 of LIBERO-Goal, "open the top drawer and put the bowl inside"; what the sentence says.
+SPOILED = dict(
+    nan_in_a_motion=(put("actions", (4, 2), np.nan), "actions of /data/demo_0 must be 12 rows of finite"),
+    nan_in_the_gripper=(put("actions", (4, 6), np.nan), "actions of /data/demo_0 must be 12 rows of finite"),
+    infinite_action=(put("actions", (0, 0), np.inf), "actions of /data/demo_0 must be 12 rows of finite"),
+    nan_in_the_hand=(put("obs/ee_pos", (4, 2), np.nan), "obs/ee_pos of /data/demo_0 must be 12 rows"),
+    nan_in_the_fingers=(put("obs/gripper_states", (0, 0), np.nan), "obs/gripper_states of /data/demo_0"),
+    short_hand=(replaced("obs/ee_ori", lambda rows: rows[:5]), "obs/ee_ori of /data/demo_0 must be 12 rows"),
+    nothing_moves=(put("actions", slice(None), 0.0), "nothing moves in /data/demo_0"),
+    nan_in_a_state=(put("states", (7, 3), np.nan), "states of /data/demo_0 are not finite"),
+    five_more=(replaced("states", lambda rows: np.pad(rows, ((0, 0), (0, 5)))), "task's have 79 numbers"),
+    five_fewer=(replaced("states", lambda rows: rows[:, 5:]), "are (12, 74), and the task's have 79 numbers"),
+    no_states=(replaced("states", lambda rows: rows[:0]), "states of /data/demo_0 are (0, 79)"),
+    another_file=(named(bddl_file_name="x/put_the_bowl_on_the_stove.bddl"), "of another task: put_the_bowl"),
+    another_text=(named(problem_info=instruction("turn on the stove")), "of another task: turn on the stove"),
+    another_suite=(named(problem_info=instruction(["pick", "up", "the", "book"])), "another task: pickup"),
+    no_demonstrations=(lambda data: data.clear(), "it has no demonstrations"))
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+def test_demonstrations_that_do_not_fit_are_refused(no_simulators, tmp_path, kind):
+    change, sentence = SPOILED[kind]
+    path = load_suite("libero_goal").demo_file(tmp_path, 3)
+    write_demonstration(path)
+    task = f"--suite libero_goal --task 3 --demos {tmp_path} --collision false --checkpoint= --out nowhere"
+    sft.libero_demonstrations(None, demo_config(*task.split()))
+    spoil(path, change)
+    said = mistake_of(sft, task)
+    assert said.startswith(f"cannot read {path}: ValueError: ") and sentence in said
+    if "state" in kind or "five" in kind or "another" in kind or "no_demo" in kind:
+        load_suite("libero_goal").demo_init_states.cache_clear()
+        assert sentence in mistake_of(ript, task)  # contexts are first states
+
+
+def test_a_file_of_its_task_is_accepted_whatever_name_it_has_of_it(tmp_path):
+    path = load_suite("libero_goal").demo_file(tmp_path, 3)
+    write_demonstration(path)
+    name = path.stem.removesuffix("_demo")
+    for said in (named(bddl_file_name=f"a/{name}.bddl"),
+                 named(problem_info=instruction("Open the top layer of the drawer and put the bowl inside"))):
+        spoil(path, lambda data: data.attrs.clear())
+        spoil(path, said)
+        load_suite("libero_goal").demo_init_states.cache_clear()
+        assert len(load_suite("libero_goal").demo_init_states(tmp_path, 3)) == 1
+
+
+@pytest.mark.parametrize("change", ["label", "weight", "rate"])
+def test_stage_2_ends_where_what_it_fits_is_not_finite(change):
+    policy = small_policy()
+    raw = dict(agentview_image=np.zeros((64, 64, 3), np.uint8), proprio=np.zeros(8),
+               robot0_eye_in_hand_image=np.zeros((64, 64, 3), np.uint8))
+    demo = sft.Demo(Context(0, TASKS[0], 0), [lambda: raw] * 9, np.zeros((9, 7)))
+    if change == "label":
+        with pytest.raises(ValueError, match="an action is not finite"):
+            sft.Demo(demo.context, demo.looks, np.full((9, 7), np.nan))
+        demo.actions[3, 1] = np.nan
+    if change == "weight":
+        policy.proprio_projector.fc1.bias.data[0] = np.nan
+    with pytest.raises(ript.UserError, match="the loss of step . of sft is nan|cannot take step 0"):
+        sft.fit(policy, "sft", [demo], 4, 1e38 if change == "rate" else 1e-3, 0, 4)
+
+
+def test_stage_2_has_a_directory_of_its_own_and_keeps_others_out(no_simulators, finished, tmp_path):
+    policy = tmp_path / "policy"
+    shutil.copytree(PRETRAINED, policy)
+    before = {path: path.read_bytes() for path in policy.iterdir()}
+    places = {policy: "is, holds or lies in --checkpoint", policy / "in": "is, holds or lies in --checkpoint",
+              tmp_path: "is, holds or lies in --checkpoint", finished[0]: "has a run: go on with --resume"}
+    for out, sentence in places.items():
+        assert sentence in mistake_of(sft, f"--checkpoint {policy} --out {out}")
+    assert "must name a new directory" in mistake_of(sft, f"--checkpoint {PRETRAINED} --out {policy}")
+    assert before == {path: path.read_bytes() for path in policy.iterdir()}
+    with ript.lock_run_dir(tmp_path / "busy"):
+        said = mistake_of(sft, f"--checkpoint {PRETRAINED} --out {tmp_path}/busy")
+    assert said == f"another run is using {tmp_path}/busy: choose another --out"
