@@ -5,6 +5,7 @@ It has the curves, success per task at each evaluation, what the run's numbers s
 import base64
 import html
 import io
+import re
 from pathlib import Path
 
 import ript
@@ -14,7 +15,7 @@ STYLE = """
 body {font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 980px;
       margin: 2em auto; padding: 0 1em}
 h1 {font-size: 1.5em; margin: 0; overflow-wrap: anywhere} h2 {font-size: 1.1em; margin: 2em 0 .6em}
-p {margin: .3em 0} .quiet {color: #666} svg {width: 100%; height: auto}
+p {margin: .3em 0; overflow-wrap: anywhere} code {white-space: nowrap} .quiet {color: #666} svg {width: 100%; height: auto}
 .note {border-left: 4px solid #e0a030; background: #fdf7ea; padding: .5em .9em; margin: .5em 0}
 table {border-collapse: collapse; font-variant-numeric: tabular-nums} .wide {overflow-x: auto}
 th {font-weight: 600; text-align: left; padding: .25em .8em .25em 0; white-space: nowrap}
@@ -29,7 +30,7 @@ PANELS = {
     "groups": {"kept": "kept", "all_success": "all succeed", "all_fail": "all fail"},
     "seconds": {"seconds_rollouts": "rollouts", "seconds_update": "update"},
     "approx_kl, nats per action step": {"approx_kl": ""},
-    "clip_frac": {"clip_frac": ""},
+    "clip, share of action steps": {"clip_frac": "gradient cut", "outside_clip": "outside its range"},
     "norm of the gradient": {"grad_norm": ""}}
 COLOURS = {"kept": "#3b7dbd", "all_success": "#7fbf7f", "all_fail": "#d98c8c"}
 
@@ -69,7 +70,7 @@ def curves(history: list[dict]) -> str:
 
 def shade(share: float) -> str:
     """A colour for a share of successes, from red over yellow to green."""
-    return f"hsl({120 * share:.0f} 55% {82 - 8 * share:.0f}%)"
+    return f"hsl({120 * share ** 2:.0f} 55% {82 - 8 * share:.0f}%)"
 
 
 def heat_map(contexts: list[ript.Context], evaluations: dict[str, list]) -> str:
@@ -109,8 +110,9 @@ def page(run: Path, cfg: ript.Config, lines: list[str], contexts: list[ript.Cont
         state += ", still going on"
     parts = [f"<h1>{html.escape(str(run))}</h1>", f"<p><b>{state}</b></p>"]
     parts += [f'<p class="quiet">{html.escape(line)}</p>' for line in lines]
-    parts += [f'<p class="note">Iteration {iteration}: {html.escape(sentence)}</p>'
-              for iteration, sentence in sentences(history).values()]
+    for iteration, sentence in sentences(history).values():
+        text = re.sub(r"--\w+", r"<code>\g<0></code>", html.escape(sentence))  # options are not broken up
+        parts.append(f'<p class="note">Iteration {iteration}: {text}</p>')
     if len(history) > 1:
         parts += ["<h2>Per iteration</h2>", curves(history)]
     if evaluations:

@@ -159,7 +159,7 @@ def test_the_page_follows_a_run_until_it_ends(run):
     # A lock of this process is as that of another, since it is of another open file.
     with ript.lock_run_dir(run):
         assert report.is_running(run)
-        thread = threading.Thread(target=report.follow, args=(run, page, None, 0.02))
+        thread = threading.Thread(target=report.follow, args=(run, page, None, 0.02), daemon=True)
         thread.start()
 
         def put(name, text):
@@ -193,7 +193,7 @@ def test_an_evaluation_without_rows_and_a_run_without_versions_have_a_page(tmp_p
     assert "versions of mujoco, robosuite, torch, transformers were not kept" in capsys.readouterr().out
     page = (run / "report.html").read_text()
     assert "<b>an evaluation</b>" in page
-    assert '<td style="background: hsl(60 55% 78%)" title="50 of 100">50%</td>' in page
+    assert '<td style="background: hsl(30 55% 78%)" title="50 of 100">50%</td>' in page
 
 
 # ------------------------------------------------------------------------------------------------ TensorBoard
