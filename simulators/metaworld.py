@@ -1,9 +1,8 @@
 """MetaWorld ML45, the paper's second benchmark: a Sawyer arm, 45 tasks to train on and 5 to test on.
 
-    pip install -c requirements.txt metaworld==3.0.0              41 MB, its meshes included
-    python scripts/sft.py --suite metaworld --task 14             stage 2, from scripted demonstrations
-    python ript.py --suite metaworld --task 14                    stage 3
-    python -m simulators.metaworld                                how often the experts succeed
+    pip install -c requirements.txt metaworld==3.0.0    41 MB, its meshes included
+    python scripts/sft.py --suite metaworld --task 14 --out runs/drawer_sft    from scripted demonstrations
+    python ript.py --suite metaworld --task 14 --checkpoint runs/drawer_sft    stage 3
 
 It is also an example of a suite that is not in robosuite: four actions (the hand's motion, at most 1 cm a
 step, and the gripper, which is a number and not a sign), proprio that the suite itself gives, a horizon for
@@ -141,15 +140,15 @@ class MetaWorld(Scripted, ript.Suite):
 
 
 class ML45(MetaWorld):
-    """The 45 training tasks of ML45."""
+    """The training tasks."""
     NAMES = tuple(EXPERT_STEPS)[:45]
 
 
 class ML45Test(MetaWorld):
-    """The five test tasks of ML45."""
+    """The test tasks."""
     NAMES = tuple(EXPERT_STEPS)[45:]
 
 
 class FewShot(MetaWorld):
-    """The five tasks of which QueST's authors give few demonstrations."""
+    """The tasks of which QueST's authors give few demonstrations."""
     NAMES = ("box-close", "disassemble", "hand-insert", "pick-place-wall", "stick-pull")
