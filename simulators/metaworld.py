@@ -1,8 +1,7 @@
 """MetaWorld ML45, the paper's second benchmark: a Sawyer arm, 45 tasks to train on and 5 to test on.
 
-    pip install -c requirements.txt metaworld==3.0.0    41 MB, its meshes included
-    python scripts/sft.py --suite metaworld --task 14 --out runs/drawer_sft    from scripted demonstrations
-    python ript.py --suite metaworld --task 14 --checkpoint runs/drawer_sft    stage 3
+    python scripts/sft.py --suite metaworld --task 14    stage 2, from scripted demonstrations: open a drawer
+    python ript.py --suite metaworld --task 14           stage 3
 
 It is also an example of a suite that is not in robosuite: four actions (the hand's motion, at most 1 cm a
 step, and the gripper, which is a number and not a sign), proprio that the suite itself gives, a horizon for
@@ -38,22 +37,23 @@ EXPERT_STEPS = {
 
 
 class MetaWorld(Scripted, ript.Suite):
-    """What the suites below share."""
-    NAMES = ()  # of the tasks
+    """What the suites below share. NAME is the suite's, and NAMES are those of its tasks."""
     MEASURED = ("proprio",)  # its actions are in -1..1 as they are
     STATISTICS = dict(action=dict(q01=[-1.0] * 4, q99=[1.0] * 4, mask=[True] * 4))
-    PRESET = dict(tiny=TINY)
-    IMITATION = dict(tiny=TINY_IMITATION)
+    IMITATION = dict(tiny=TINY_IMITATION | dict(demos_per_task=3, sft_steps=600))
     CAMERAS = dict(agentview="corner2", robot0_eye_in_hand="gripperPOV")
-    # How the names of the arm's bodies begin, whose meshes have 67,000 triangles.
+    # Of the arm's bodies, whose meshes have 67,000 triangles.
     ARM = ("right_l", "right_arm", "head", "pedestal", "screen", "torso", "right_hand", "controller")
     KEPT = 4  # environments per process, of 95 MB each; making one takes two seconds
 
     def __init_subclass__(cls):
-        """Instructions and horizons for the names of a suite's tasks."""
+        """Instructions, horizons and settings for these names."""
         cls.INSTRUCTIONS = tuple(name.replace("-", " ") for name in cls.NAMES)
         # Two and a half times the expert's, in whole queries of eight; MetaWorld allows 500.
         cls.HORIZON = tuple(min(496, 8 * round(2.5 * EXPERT_STEPS[name] / 8)) for name in cls.NAMES)
+        # Few groups have signal, since here the scene decides more than the noise.
+        settings = dict(iterations=4, eval_every=2, groups=16, max_rejected=40, lr=3e-4, scale_multiplier=0.5)
+        cls.PRESET = dict(tiny=TINY | settings | dict(checkpoint=f"runs/{cls.NAME}_sft"))
 
     def __init__(self, image_size=256, collision=False):
         super().__init__(image_size, collision)
@@ -63,9 +63,8 @@ class MetaWorld(Scripted, ript.Suite):
     def make_env(self, task: int):
         """Make the task's environment, unless it is one of the last few."""
         if task not in self.kept:
-            if not self.kept:
-                environment.init_worker()
-                warnings.filterwarnings("ignore", module="metaworld|gymnasium")
+            environment.init_worker()
+            warnings.filterwarnings("ignore", module="metaworld|gymnasium")
             if len(self.kept) == self.KEPT:
                 oldest, _ = self.kept.popitem(last=False)
                 for key in [key for key in self.renderers if key[0] == oldest]:
@@ -76,13 +75,12 @@ class MetaWorld(Scripted, ript.Suite):
 
     def new_env(self, task):
         """An environment whose reset is a function of the seed, and whose pictures are cheap."""
-        import mujoco
-        from metaworld.env_dict import ALL_V3_ENVIRONMENTS  # here, since only the simulator's process needs it
+        import mujoco  # here, as what follows, since only the simulator's process needs it
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         env = ALL_V3_ENVIRONMENTS[f"{self.NAMES[task]}-v3"]()
         env._partially_observable = env._freeze_rand_vec = False
         env.seeded_rand_vec = env._set_task_called = True
-        # Its cached bounds would clip the goal, which the experts read, to zero.
-        env.__dict__.pop("sawyer_observation_space", None)
+        env.__dict__.pop("sawyer_observation_space", None)  # its bounds would clip the experts' goal to zero
         model = env.model
         model.cam_pos[model.camera("corner2").id] = 0.75, 0.075, 0.7
         # As they come, shadows of 4096 pixels take a tenth of a second a picture.
@@ -99,8 +97,7 @@ class MetaWorld(Scripted, ript.Suite):
         """Seed and reset."""
         self.make_env(context.task)
         self.env.seed(context.seed % 2 ** 32)
-        self.seen, _ = self.env.reset()
-        self.solved = False
+        (self.seen, _), self.solved = self.env.reset(), False
         return ript.StepResult(0, False, self.get_observation())
 
     def control_step(self, action):
@@ -115,10 +112,9 @@ class MetaWorld(Scripted, ript.Suite):
     def get_observation(self) -> dict:
         """Two pictures, and proprio (8,): the hand's place in metres and how far the gripper is open, 0 to 1,
         now and one control step ago, as QueST's authors have it."""
-        observation = dict(proprio=np.concatenate([self.seen[:4], self.seen[18:22]]))
-        for camera in self.CAMERAS:
-            observation[f"{camera}_image"] = self.render(camera, self.image_size, self.collision)
-        return observation
+        pictures = {f"{camera}_image": self.render(camera, self.image_size, self.collision)
+                    for camera in self.CAMERAS}
+        return pictures | dict(proprio=np.concatenate([self.seen[:4], self.seen[18:22]]))
 
     def render(self, camera, size, collision):
         """One picture (size, size, 3) uint8, upside down as OpenGL has it; collision: without the arm."""
@@ -135,20 +131,20 @@ class MetaWorld(Scripted, ript.Suite):
     def expert(self, closing: int) -> np.ndarray:
         """The next action (4,) of MetaWorld's scripted policy, which knows where things are."""
         from metaworld.policies import ENV_POLICY_MAP
-        policy = ENV_POLICY_MAP[f"{self.NAMES[self.task]}-v3"]()
-        return np.clip(policy.get_action(self.seen), -1, 1)
+        return np.clip(ENV_POLICY_MAP[f"{self.NAMES[self.task]}-v3"]().get_action(self.seen), -1, 1)
 
 
 class ML45(MetaWorld):
-    """The training tasks."""
-    NAMES = tuple(EXPERT_STEPS)[:45]
+    """The tasks to train on."""
+    NAME, NAMES = "metaworld", tuple(EXPERT_STEPS)[:45]
 
 
 class ML45Test(MetaWorld):
-    """The test tasks."""
-    NAMES = tuple(EXPERT_STEPS)[45:]
+    """The tasks to test on."""
+    NAME, NAMES = "metaworld_test", tuple(EXPERT_STEPS)[45:]
 
 
 class FewShot(MetaWorld):
     """The tasks of which QueST's authors give few demonstrations."""
+    NAME = "metaworld_few_shot"
     NAMES = ("box-close", "disassemble", "hand-insert", "pick-place-wall", "stick-pull")

@@ -1,4 +1,6 @@
-"""The claims of simulators/metaworld.py: its tasks, its determinism, its experts, and a policy of four actions."""
+"""The claims of simulators/metaworld.py: its tasks, determinism, experts, and a policy of four actions."""
+from functools import partial
+
 import ript  # before torch is: it says how OpenMP's threads wait
 
 import numpy as np
@@ -30,7 +32,7 @@ def test_the_suites_have_the_tasks_of_ml45_and_of_quests_authors():
 
 @pytest.fixture(scope="module")
 def used():
-    """A simulator that keeps one environment, has run an episode of each of NAMES, and has closed the first."""
+    """A simulator that keeps one environment, and has run an episode of each of TASKS."""
     simulator = load_suite("metaworld")(32, True)
     simulator.KEPT = 1
     for task in TASKS:
@@ -84,8 +86,9 @@ def test_pictures_show_what_the_seed_decides_and_leave_the_arm_out_where_that_is
 def test_a_policy_from_scratch_has_four_actions_and_a_gripper_that_is_a_number():
     suite = load_suite("metaworld")
     proprio = np.random.default_rng(0).uniform(-1, 1, (50, 8))
-    looks = [lambda row=row: dict(proprio=row, agentview_image=np.zeros((16, 16, 3), np.uint8),
-                                  robot0_eye_in_hand_image=np.zeros((16, 16, 3), np.uint8)) for row in proprio]
+    picture = np.zeros((16, 16, 3), np.uint8)
+    pictures = dict(agentview_image=picture, robot0_eye_in_hand_image=picture)
+    looks = [partial(dict, pictures, proprio=row) for row in proprio]
     demo = sft.Demo(Context(0, "reach", 0), looks, np.zeros((50, 4)))
     policy = Tiny(sft.measure_statistics(Tiny, suite, [demo]))
     assert policy.A == 4 and policy.continuous_gripper()
