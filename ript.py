@@ -67,7 +67,9 @@ POLICIES = {"tiny": "policies.tiny:Tiny", "openvla-oft": "policies.openvla_oft:O
 LIBERO = dict(libero_spatial=220, libero_object=280, libero_goal=300, libero_10=520, libero_90=400)
 SUITES = dict.fromkeys(LIBERO, "simulators.libero:FastLibero") | {
     "libero_object": "simulators.libero_experts:LiberoObject",
-    "tabletop": "simulators.tabletop:Tabletop", "tabletop_pretrain": "simulators.tabletop:TabletopPretrain"}
+    "tabletop": "simulators.tabletop:Tabletop", "tabletop_pretrain": "simulators.tabletop:TabletopPretrain",
+    "metaworld": "simulators.metaworld:ML45", "metaworld_test": "simulators.metaworld:ML45Test",
+    "metaworld_few_shot": "simulators.metaworld:FewShot"}
 ALIASES = dict(libero_long="libero_10")
 RENAMED = dict(passes="ppo_epochs", momentum="adam_beta1", clip="clip_coef", prefix="attention_mode")
 # What --resume may change. With --anneal, the learning rate follows the new number of iterations.

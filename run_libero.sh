@@ -32,6 +32,11 @@ if ! cmp -s "$here/requirements.txt" "$stamp"; then
     cp "$here/requirements.txt" "$stamp"
 fi
 
+# MetaWorld only where it is asked for, and for the tests: LIBERO needs none of it.
+if [[ " $* " == *" metaworld"* || "${1:-}" = test ]] && ! python -c 'import metaworld' 2>/dev/null; then
+    python -m pip install --quiet -c "$here/requirements.txt" metaworld==3.0.0 || die "pip could not install metaworld"
+fi
+
 # 3. Headless OpenGL, from Debian where this script may install it. macOS has its own.
 [ "$(uname)" = Darwin ] || export MUJOCO_GL="${MUJOCO_GL:-egl}"
 if ! python -c 'import mujoco; mujoco.GLContext(16, 16).free()' 2>/dev/null; then

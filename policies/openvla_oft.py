@@ -369,13 +369,19 @@ class OpenVLAOFT(LaplacePolicy):
         high = np.array(self.statistics[kind]["q99"])
         return low, high - low + 1e-8
 
+    def continuous_gripper(self) -> bool:
+        """Whether the gripper is a number, as the last entry of "mask" in the actions' statistics says: the
+        dimensions that are normalised, in a dataset_statistics.json. LIBERO's gripper is a sign."""
+        return bool(self.statistics["action"].get("mask", [False])[-1])
+
     def to_env_actions(self, normalised):
         """Head units -> the environment's (..., A): motion within its bounds; the gripper, which is the last
-        dimension, -1 open or +1 closed."""
+        dimension, -1 open or +1 closed, or where it is continuous a number within its bounds too."""
         low, width = self.bounds("action")
         normalised = torch.as_tensor(normalised).detach().cpu().double().numpy()
         actions = (normalised + 1) / 2 * width + low
-        actions[..., -1] = np.sign(1 - 2 * normalised[..., -1])
+        if not self.continuous_gripper():
+            actions[..., -1] = np.sign(1 - 2 * normalised[..., -1])
         return actions
 
     def from_env_actions(self, actions):
@@ -383,7 +389,8 @@ class OpenVLAOFT(LaplacePolicy):
         bounds as in OpenVLA-OFT's training."""
         low, width = self.bounds("action")
         normalised = np.clip(2 * (actions - low) / width - 1, -1, 1)
-        normalised[..., -1] = (1 - np.sign(actions[..., -1])) / 2
+        if not self.continuous_gripper():
+            normalised[..., -1] = (1 - np.sign(actions[..., -1])) / 2
         return torch.tensor(normalised, dtype=torch.float32)
 
     # -- the forward pass

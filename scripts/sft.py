@@ -44,7 +44,7 @@ class Demo:
     """A demonstration of T steps. Raises ValueError where there is none or an action is not finite."""
     context: ript.Context
     looks: list[Callable]  # of each step, a function that gives the raw observation
-    actions: np.ndarray  # (T, 7), the environment's units
+    actions: np.ndarray  # (T, A), the environment's units
 
     def __post_init__(self):
         if not len(self.actions) or not np.isfinite(self.actions).all():
@@ -172,7 +172,7 @@ def checked_demo(demo, task, text, simulators, cfg):
 
 # ------------------------------------------------------------------------------------------------ learning
 def imitation_loss(policy, stage, observations, instructions, actions):
-    """Of demonstrated actions (B, H, 7) in the environment's units: L1 for "sft", Laplace NLL for "scale"."""
+    """Of demonstrated actions (B, H, A) in the environment's units: L1 for "sft", Laplace NLL for "scale"."""
     if hasattr(policy, "imitation_loss"):
         return policy.imitation_loss(observations, instructions, actions)  # its own (experiments/flow.py)
     mean, log_scale = policy.predict(observations, instructions)
@@ -183,7 +183,7 @@ def imitation_loss(policy, stage, observations, instructions, actions):
 
 
 def chunks_of(demos, H):
-    """Of every step of every Demo: its look, its instruction, and the H actions from there on, (H, 7)."""
+    """Of every step of every Demo: its look, its instruction, and the H actions from there on, (H, A)."""
     samples = []
     for demo in demos:
         T = len(demo.actions)
@@ -235,19 +235,20 @@ def fit_scale_head(policy, demos, cfg):
     return fit(policy, "scale", demos, cfg.scale_steps, 1e-3, cfg.seed, batch=16)
 
 
-def measure_statistics(model, demos, kinds):
+def measure_statistics(model, suite, demos):
     """The statistics of a policy from scratch. Their bounds become -1 and 1, and their lengths are its sizes.
-    kinds: what is measured in the demonstrations, of "proprio" and "action"; the model knows the others."""
+    suite.MEASURED says which are measured in the demonstrations, of "proprio" and "action"; suite.STATISTICS
+    or the model has the others."""
     proprio = []
     actions = []
     for demo in demos:
         proprio += [model.preprocess(look())["proprio"] for look in demo.looks]
         actions += list(demo.actions)
     found = dict(proprio=proprio, action=actions)
-    statistics = dict(model.STATISTICS)
-    for kind in kinds:
+    statistics = model.STATISTICS | getattr(suite, "STATISTICS", {})
+    for kind in getattr(suite, "MEASURED", ("proprio", "action")):
         low, high = np.quantile(found[kind], (0.01, 0.99), 0).tolist()
-        statistics[kind] = dict(q01=low, q99=high)
+        statistics[kind] = statistics[kind] | dict(q01=low, q99=high)
     return statistics
 
 
@@ -264,8 +265,7 @@ def read_policy(cfg):
 def new_policy(cfg, demos):
     """A policy with random weights, whose statistics are those of the demonstrations."""
     model = ript.load_policy(cfg.model)
-    kinds = getattr(ript.load_suite(cfg.suite), "MEASURED", ("proprio", "action"))
-    return model(measure_statistics(model, demos, kinds))
+    return model(measure_statistics(model, ript.load_suite(cfg.suite), demos))
 
 
 def check(cfg):

@@ -36,8 +36,8 @@ class Demonstration(NamedTuple):
 
 
 class Scripted:
-    """A suite with an expert, which knows where things are: expert(closing) -> its next action (7,), closing
-    being the control steps since the hand began to close."""
+    """A suite with an expert, which knows where things are: expert(closing) -> its next action (A,), the
+    hand's motion first and the gripper last; closing: control steps since the hand began to close."""
     MEASURED = ("proprio", "action")  # what takes its bounds from demonstrations, for a policy from scratch
 
     def demonstrate(self, context: ript.Context) -> Demonstration:
@@ -61,7 +61,7 @@ class Scripted:
         if t < 4:
             drift = np.random.default_rng([context.seed, context.task, 1000]).uniform(-0.9, 0.9, 3)
             push = push + drift
-        return action + np.append(push, [0] * 4)
+        return action + np.append(push, np.zeros(len(action) - 3))
 
     def toward(self, place, z, grip):
         """The action of a hand on its way to a place, at the height z; grip: -1 open, 1 closed."""

@@ -1,0 +1,101 @@
+"""The claims of simulators/metaworld.py: its tasks, determinism, experts, and a policy of four actions."""
+from functools import partial
+
+import ript  # before torch is: it says how OpenMP's threads wait
+
+import numpy as np
+import pytest
+
+pytest.importorskip("metaworld", reason="pip install -c requirements.txt metaworld==3.0.0")
+
+from metaworld.env_dict import ML45_V3
+
+from policies.tiny import Tiny
+from ript import Context, load_suite
+from scripts import sft
+from simulators.metaworld import EXPERT_STEPS, ML45
+
+SUITES = "metaworld", "metaworld_test", "metaworld_few_shot"
+TASKS = [ML45.NAMES.index(name) for name in ("drawer-open", "peg-insert-side", "stick-pull")]
+
+
+def test_the_suites_have_the_tasks_of_ml45_and_of_quests_authors():
+    names = [[f"{name}-v3" for name in load_suite(suite).NAMES] for suite in SUITES]
+    assert names[0] == list(ML45_V3["train"]) and names[1] == list(ML45_V3["test"])
+    assert len(names[2]) == 5 and set(names[2]) <= {*names[0], *names[1]}
+    for suite in map(load_suite, SUITES):
+        assert len(suite.INSTRUCTIONS) == len(suite.HORIZON) == len(suite.NAMES)
+        for name, text, horizon in zip(suite.NAMES, suite.INSTRUCTIONS, suite.HORIZON):
+            assert text.split() == name.split("-")
+            assert 2 * EXPERT_STEPS[name] <= horizon < 500 and horizon % 8 == 0
+
+
+@pytest.fixture(scope="module")
+def used():
+    """A simulator that keeps one environment, and has run an episode of each of TASKS."""
+    simulator = load_suite("metaworld")(32, True)
+    simulator.KEPT = 1
+    for task in TASKS:
+        simulator.reset(Context(task, "", 1))
+        simulator.step(np.random.default_rng(task).uniform(-1, 1, (16, 4)))
+    assert list(simulator.kept) == TASKS[-1:] and {key[0] for key in simulator.renderers} == set(TASKS[-1:])
+    return simulator
+
+
+@pytest.mark.parametrize("task", TASKS[::-1])
+def test_an_episode_is_a_function_of_its_context_whatever_the_environment_did_before(used, task):
+    fresh = load_suite("metaworld")(32, True)
+    actions = np.random.default_rng(7).uniform(-1, 1, (24, 4))
+    records = []
+    for simulator in (fresh, used):
+        first = simulator.reset(Context(task, "", 12345)).observation
+        last = simulator.step(actions).observation
+        state = dict(seen=simulator.seen, qpos=simulator.env.data.qpos.copy(),
+                     places=simulator.env.model.body_pos.copy())
+        records.append((first, last, state))
+    for one, other in zip(*records):
+        assert one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
+    used.reset(Context(task, "", 12346))
+    scene = used.seen
+    used.reset(Context(task, "", 12345))
+    assert (used.seen != scene).any()  # another seed is another scene
+
+
+def test_experts_succeed_though_their_hand_is_pushed_and_their_gripper_is_no_sign():
+    simulator = load_suite("metaworld")(16, True)
+    for name in ("assembly", "reach"):
+        task = simulator.NAMES.index(name)
+        found = [simulator.demonstrate(Context(task, "", 1000 + seed)) for seed in range(3)]
+        assert sum(demonstration.success for demonstration in found) >= 2
+        for demonstration in found:
+            assert len(demonstration.observations) == len(demonstration.actions) <= simulator.HORIZON[task]
+            assert demonstration.actions.shape[1] == 4
+        assert name == "reach" or len(set(np.abs(found[0].actions[:, 3]))) > 1
+
+
+def test_pictures_show_what_the_seed_decides_and_leave_the_arm_out_where_that_is_asked_for():
+    simulator = load_suite("metaworld")(64, True)
+    pictures = [simulator.reset(Context(14, "", seed)).observation["agentview_image"] for seed in (0, 1, 0)]
+    assert (pictures[0] == pictures[2]).all() and (pictures[0] != pictures[1]).any()
+    assert pictures[0].shape == (64, 64, 3) and pictures[0].std() > 20
+    red = [(p[..., 0].astype(int) - p[..., 1] > 80).mean()
+           for p in (simulator.render("agentview", 64, hidden) for hidden in (True, False))]
+    assert red[0] < 0.01 < red[1]  # the arm is red
+
+
+def test_a_policy_from_scratch_has_four_actions_and_a_gripper_that_is_a_number():
+    suite = load_suite("metaworld")
+    proprio = np.random.default_rng(0).uniform(-1, 1, (50, 8))
+    picture = np.zeros((16, 16, 3), np.uint8)
+    pictures = dict(agentview_image=picture, robot0_eye_in_hand_image=picture)
+    looks = [partial(dict, pictures, proprio=row) for row in proprio]
+    demo = sft.Demo(Context(0, "reach", 0), looks, np.zeros((50, 4)))
+    policy = Tiny(sft.measure_statistics(Tiny, suite, [demo]))
+    assert policy.A == 4 and policy.continuous_gripper()
+    assert np.allclose(policy.statistics["proprio"]["q01"], np.quantile(proprio, 0.01, 0))
+    actions = np.random.default_rng(1).uniform(-1, 1, (3, 8, 4))
+    assert np.abs(policy.to_env_actions(policy.from_env_actions(actions)) - actions).max() < 1e-5
+    chunk, = policy.act([policy.preprocess(looks[0]())], ["reach"], [np.random.default_rng(0)])
+    assert chunk["actions"].shape == (8, 4) and len(set(np.abs(chunk["actions"][:, 3]))) > 1
+    # LIBERO's is a sign, as ever.
+    assert not Tiny().continuous_gripper()
