@@ -73,10 +73,13 @@ if [ "${1:-}" = test ]; then
 fi
 if [ $# = 0 ]; then
     cd "$here"
+    # What is there already is kept, and an interrupted run goes on.
     echo "1 of 3: stage 2, a few steps of imitation, into runs/tabletop_sft"
-    python scripts/sft.py --suite tabletop
+    [ -e runs/tabletop_sft/config.json ] || python scripts/sft.py --suite tabletop
     echo "2 of 3: stage 3, RIPT, into runs/tabletop"
-    python ript.py
+    run=(--out runs/tabletop)
+    [ ! -e runs/tabletop/run.pt ] || run=(--resume runs/tabletop)
+    python ript.py "${run[@]}"
     echo "3 of 3: the report"
     exec python scripts/report.py runs/tabletop
 fi
