@@ -274,13 +274,10 @@ class Episode:
     context: "Context"
     group: int = 0  # the number of its group in the stream of contexts
     seed_key: tuple = ()  # of the exploration: seed, iteration, group, k
-    chunks: list[dict] = field(default_factory=list)  # the policy's action chunks, one per query
+    chunks: list[dict] = field(default_factory=list, repr=False)  # the policy's action chunks, one per query
     num_executed: list[int] = field(default_factory=list)  # how many of each chunk's H action steps ran
     success: Optional[bool] = None  # the reward; None until the episode has ended
     deterministic: bool = False  # act with the mean
-
-    def __str__(self):
-        return f"the episode of {self.context} with seed_key {self.seed_key}"
 
 async def rollout(simulator: "Simulator", episode: Episode, actor: "Actor", horizon: int):
     """Run an episode in a simulator: reset, then act and step until success or the horizon."""
@@ -433,7 +430,7 @@ def update(policy: nn.Module, optimizer, episodes: list[Episode], cfg: Config, s
     gap = (recorded - old)[mask] if episodes else torch.zeros(1)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     logs = []
-    progress = Progress(f"update of iteration {state.iteration + 1}")
+    bar = progress_bar(f"update of iteration {state.iteration + 1}", len(order))
     for minibatch, its_parts in [(minibatches[i], parts[i]) for i in order]:
         # The loss is a mean over the episodes, or steps, of all processes: their weights sum to 1.
         counted = mask[minibatch]
@@ -456,8 +453,9 @@ def update(policy: nn.Module, optimizer, episodes: list[Episode], cfg: Config, s
         optimizer.step()
         optimizer.zero_grad()  # now, so that gradients take no memory during the next rollouts
         logs.append(log)
-        progress.step(len(order), f"clip_frac {log['clip_frac']:.3f}, approx_kl {log['approx_kl']:.5f}")
-    progress.bar.close()
+        bar.set_postfix_str(f"clip_frac {log['clip_frac']:.3f}, approx_kl {log['approx_kl']:.5f}", False)
+        bar.update()
+    bar.close()
     means = {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
     return means | dict(updates=len(logs), seconds_update=time.time() - began,
                         ratio_error=max(all_gather((gap.exp() - 1).abs().max().item())),
@@ -794,14 +792,14 @@ class Simulators:
             await asyncio.gather(*coroutines)
 
         self.idle, self.waiting = list(self.all), []  # waiting: a task and a Future for each
-        self.groups, self.progress = groups, Progress(title)
+        self.groups, self.bar = groups, progress_bar(title)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # for the policy: the simulators need the other cores
         try:
             asyncio.run(together())
         finally:
             torch.set_num_threads(threads)
-            self.progress.bar.close()
+            self.bar.close()
 
     async def run_episodes(self, rollout, episodes: list[Episode], *arguments):
         """Await rollout(simulator, episode, *arguments, horizon) for each episode."""
@@ -824,7 +822,18 @@ class Simulators:
             raise RuntimeError(f"the simulator failed {self.TRIES} times at {episode}") from failure
         self.idle.append(simulator)
         self.match()
-        self.progress.step(*progress_of(self.groups))
+        self.show_progress()
+
+    def show_progress(self):
+        """Count an episode that has ended, of those that have begun, and say how groups came out."""
+        outcomes = [[episode.success for episode in group] for group in self.groups]
+        signal = [has_signal(torch.tensor([group])).item() for group in outcomes if None not in group]
+        text = f"{sum(group.count(True) for group in outcomes)} succeeded"
+        if len(outcomes) > 1:
+            text += f", {sum(signal)} groups kept, {len(signal) - sum(signal)} rejected"
+        self.bar.total = sum(map(len, outcomes))
+        self.bar.set_postfix_str(text, False)
+        self.bar.update()
 
     def match(self):
         """Give free simulators to episodes that wait, to those first whose environment they have."""
@@ -892,31 +901,13 @@ def reduce_gradients(parameters: list[nn.Parameter]):
         distributed.all_reduce(flat)
         nn.utils.vector_to_parameters(flat, gradients)
 
-class Progress:
-    """How far something is: a bar on a terminal, and elsewhere a line a minute. Rank 0 speaks."""
-    def __init__(self, title):
-        from tqdm import tqdm
-        tqdm.monitor_interval = 0  # its monitor would be a thread
-        self.bar = tqdm(desc=title, leave=False, disable=RANK > 0 or not sys.stderr.isatty())
-        self.title, self.done, self.spoke = title, 0, time.time()
-
-    def step(self, total, text):
-        """One more of so many is done; text says how it goes."""
-        self.done, self.bar.total = self.done + 1, total
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update()
-        if self.bar.disable and time.time() - self.spoke > 60:
-            print(f"{self.title}: {self.done} of {total}, {text}", flush=True)
-            self.spoke = time.time()
-
-def progress_of(groups: list[list[Episode]]) -> tuple[int, str]:
-    """How many episodes of groups have begun, and a text about those that have ended."""
-    outcomes = [[episode.success for episode in group] for group in groups]
-    signal = [bool(has_signal(torch.tensor([group]))) for group in outcomes if None not in group]
-    text = f"{sum(group.count(True) for group in outcomes)} succeeded"
-    if len(groups) > 1:
-        text += f", {sum(signal)} groups kept, {len(signal) - sum(signal)} rejected"
-    return sum(map(len, groups)), text
+def progress_bar(title: str, total: Optional[int] = None):
+    """tqdm's bar on a terminal, and elsewhere a line a minute. Rank 0 speaks."""
+    from tqdm import tqdm
+    tqdm.monitor_interval = 0  # its monitor would be a thread
+    line = dict(bar_format="{desc}: {n} of {total}{postfix}\n", mininterval=60, delay=60, leave=True)
+    kind = dict(leave=False) if sys.stderr.isatty() else line
+    return tqdm(desc=title, total=total, miniters=1, disable=RANK > 0, **kind)
 
 def rollout_stats(groups: list[list[Episode]]) -> dict:
     """Statistics of an iteration's groups over all processes."""
@@ -927,7 +918,7 @@ def rollout_stats(groups: list[list[Episode]]) -> dict:
         kept=has_signal(rewards).sum().item(), all_success=rewards.all(-1).sum().item(),
         all_fail=(~rewards).all(-1).sum().item(), rollouts=len(episodes), successes=rewards.sum().item(),
         queries=len(chunks), env_steps=sum(sum(episode.num_executed) for episode in episodes),
-        **{name: sum(float(chunk.get(name, 0.0)) for chunk in chunks) for name in LOGGED}))
+        **{name: sum(float(chunk.get(name, 0)) for chunk in chunks) for name in LOGGED}))
     stats |= {name: stats[name] / max(stats["queries"], 1) for name in LOGGED}
     return stats | dict(rollout_success=stats["successes"] / stats["rollouts"])
 
@@ -1005,7 +996,6 @@ class TrainState:
     """How far a run has come."""
     iteration: int = 0  # complete ones
     group: int = 0  # the next number in the stream of contexts
-    best: float = -1.0  # the best success of an evaluation
     history: list = field(default_factory=list)  # the rows of metrics.jsonl
 
 def log_iteration(state: TrainState, stats: dict):
@@ -1042,14 +1032,10 @@ def fingerprint(policy: nn.Module, trained: bool = True) -> str:
     return hashlib.sha256(repr(found).encode()).hexdigest()
 
 def save_run(out: Path, policy: nn.Module, optimizer, state: TrainState):
-    """Write last/, best/, metrics.jsonl and, for --resume, run.pt."""
-    success = state.history[-1].get("eval_success", -1.0)
-    is_best, state.best = success > state.best, max(state.best, success)
+    """Write last/, metrics.jsonl and, for --resume, run.pt."""
     if RANK > 0:
         return
     save_policy(policy, out / "last")
-    if is_best:
-        save_policy(policy, out / "best")
     with writing(out / "metrics.jsonl") as file:
         file.write_text("".join(json.dumps(row) + "\n" for row in state.history))
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
@@ -1067,7 +1053,7 @@ def load_run(path: Path, policy: nn.Module, optimizer) -> TrainState:
         require(not wrong, f"cannot read {path}: it has not what the policy trains, as {sorted(wrong)[:1]}")
         policy.load_state_dict(saved.pop("policy"), strict=False)
         optimizer.load_state_dict(saved.pop("optimizer"))
-        return TrainState(**saved)
+        return TrainState(**{option.name: saved[option.name] for option in fields(TrainState)})
 
 def check_out(cfg: Config):
     """Raise UserError unless cfg.out is apart from what the run reads, and new or begun by a run like it."""
