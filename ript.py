@@ -43,7 +43,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -228,10 +228,9 @@ def loss_weight(mask: torch.Tensor, per: str = "episode") -> torch.Tensor:
     which one without steps counts as 0; so the weights sum to the share of the others. per="token": a mean
     over all steps, in which long episodes weigh more. Raises ValueError for another per or mask.
     """
-    if per not in ("episode", "token"):
-        raise ValueError(f"per must be 'episode' or 'token', got {per!r}")
-    if mask.ndim != 2 or mask.dtype != torch.bool:
-        raise ValueError(f"mask must be (E, S) bool, got {tuple(mask.shape)} {mask.dtype}")
+    if per not in ("episode", "token") or mask.ndim != 2 or mask.dtype != torch.bool:
+        raise ValueError(f"mask must be (E, S) bool, got {tuple(mask.shape)} {mask.dtype}; per must be "
+                         f"'episode' or 'token', got {per!r}")
     if per == "token":
         return mask / mask.sum().clamp(min=1)
     return mask / mask.sum(-1, keepdim=True).clamp(min=1) / len(mask)
@@ -243,13 +242,11 @@ def ppo_clip_loss(log_prob: torch.Tensor, old_log_prob: torch.Tensor, advantage:
     log_prob, old_log_prob (E, S); advantage (E,); weight (E, S) from loss_weight, 0 where no action ran;
     clip: eps, or a pair for [1 - low, 1 + high]. Returns the sum over weighted steps, a scalar, and such sums
     of ratio, clip_frac (where the clip cuts the gradient), outside_clip (where the ratio is out of its range)
-    and approx_kl. Parts of a minibatch add up to its own.
-    Raises ValueError for other shapes, and for a mask in place of weights.
+    and approx_kl. Parts of a minibatch add up to its own. Raises ValueError for other shapes or a mask.
     """
     shapes = [tuple(x.shape) for x in (log_prob, old_log_prob, weight, advantage)]
     if log_prob.ndim != 2 or shapes != 3 * shapes[:1] + [shapes[0][:1]] or not weight.is_floating_point():
-        raise ValueError("log_prob, old_log_prob and weight must be (E, S) and advantage (E,), weight of "
-                         f"floats: they are {shapes}, weight is {weight.dtype}")
+        raise ValueError(f"log_prob, old_log_prob, weight (floats) must be (E, S), advantage (E,): {shapes}")
     low, high = np.broadcast_to(clip, 2)  # ValueError for three
     # What was not executed may be anything, NaN too, and must not reach the gradient. Beyond the bound, which
     # keeps the ratio finite, in float16 too, nothing has a gradient.
@@ -419,8 +416,8 @@ def update(policy: nn.Module, optimizer, episodes: list[Episode], cfg: Config, s
     steps = max(all_gather(math.ceil(len(episodes) * WORLD / cfg.minibatch)))
     minibatches = np.array_split(rng.permutation(len(episodes)), steps)
     parts = [make_micro_batches(episodes, minibatch, size) for minibatch in minibatches]
-    # In bfloat16 other batches move a log_prob by up to 0.4. So the first pass's batches are those of all
-    # passes, and later ones change their order: old and new log_probs are of one function.
+    # In bfloat16 other batches move a log_prob by up to 0.4. So later passes have the same ones in another
+    # order: old and new log_probs are of one function.
     order = list(range(steps))
     for _ in range(1, cfg.ppo_epochs):
         order += rng.permutation(steps).tolist()
@@ -462,20 +459,11 @@ def update(policy: nn.Module, optimizer, episodes: list[Episode], cfg: Config, s
                         act_std=max(all_gather(gap.std(correction=0).item())))
 
 # ------------------------------------------------------------------------------------ 3. The policy wrapper
-class ScaleHead(nn.Sequential):
-    """The head that RIPT adds (section 4.2 of the paper): (B, H, F) -> log b of every action, (B, H, A)."""
-    # Its trunk, (B, H, F) -> (B, H, width), is like the action head's. It is fitted by maximum likelihood
-    # before stage 3 and frozen in it. Its modules have the names of the released scale_header.pth.
-    def __init__(self, trunk: nn.Module, width: int, A: int):
-        super().__init__(OrderedDict(trunk=trunk, log_b_head=nn.Linear(width, A)))
-        # It starts at b = 0.05 whatever the features are.
-        nn.init.xavier_uniform_(self.log_b_head.weight, gain=0.01)
-        nn.init.constant_(self.log_b_head.bias, -3.0)
-
 class LaplacePolicy(nn.Module):
     """Wraps a VLA that regresses action chunks as a Laplace policy: a density around its prediction.
 
-    A subclass has action_head and scale_head, modules (B, H, F) -> (B, H, A), and these methods:
+    A subclass has action_head and scale_head, modules (B, H, F) -> (B, H, A), and the methods below. The
+    scale head is RIPT's own (section 4.2): fitted by maximum likelihood before stage 3 and frozen in it.
       load(cfg)                               a classmethod: the policy that a run starts from
       preprocess(raw)                         the simulator's arrays -> the observation that an episode stores
       features(observations, instructions)    lists of length B -> (B, H, F), with gradient
@@ -632,7 +620,6 @@ class Libero(Robosuite):
         return states[:number]
 
     def make_env(self, task):
-        """Make the task's environment, unless it is there."""
         if task == self.task:
             return
         if self.env:
@@ -644,8 +631,7 @@ class Libero(Robosuite):
 
     def reset(self, context: Context) -> StepResult:
         """Seed, reset, set the state and let things settle."""
-        # In this order at every episode: LIBERO's fixtures are placed by the seed and are no part of the
-        # state, and all K rollouts of a group must share their scene, or their baseline is wrong.
+        # The seed places LIBERO's fixtures, which are no part of the state: a group must share them.
         self.make_env(context.task)
         np.random.seed(context.seed % 2 ** 32)
         self.env.reset()
@@ -693,10 +679,9 @@ def tasks_of(cfg: Config) -> dict[int, str]:
     """Numbers and instructions of the tasks that a run is about."""
     suite = load_suite(cfg.suite)
     texts = dict(enumerate(suite.INSTRUCTIONS))
-    with trying(f"the HORIZON of {cfg.suite}", "use"):
-        some = all(range(horizon_of(suite, task)) for task in texts)
-    fits = some and min(map(len, texts.values()), default=0) > 1
-    require(fits, f"{cfg.suite} needs INSTRUCTIONS, a text per task, and a HORIZON above 0")
+    with trying(f"the INSTRUCTIONS and the HORIZON of {cfg.suite}", "use"):
+        fits = all(len(text) > 1 and range(horizon_of(suite, task)) for task, text in texts.items())
+    require(texts and fits, f"{cfg.suite} needs INSTRUCTIONS, a text per task, and a HORIZON above 0")
     require(cfg.task < len(texts), f"--task must be below {len(texts)} for {cfg.suite}, got {cfg.task}")
     return texts if cfg.task < 0 else {cfg.task: texts[cfg.task]}
 
@@ -1011,14 +996,13 @@ def log_iteration(state: TrainState, stats: dict):
 
 def save_policy(policy: nn.Module, directory: Path):
     """Write a policy's directory, whose files appear together."""
-    new, old = (directory.with_name(f"{directory.name}.tmp{number}") for number in (1, 2))
-    shutil.rmtree(new, ignore_errors=True)  # what a run that was killed has left
-    policy.save(new)
+    folder = directory.with_name(f"{directory.name}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)  # what a run that was killed has left
+    policy.save(folder / "new")
     if directory.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        directory.rename(old)
-    new.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
+        directory.rename(folder / "old")
+    (folder / "new").rename(directory)
+    shutil.rmtree(folder)
 
 def fingerprint(policy: nn.Module, trained: bool = True) -> str:
     """What tells a policy from others or, without what trains, its base: names, shapes and up to 2 ** 15
@@ -1116,9 +1100,8 @@ def main(argv: Optional[list[str]] = None):
             with writing(out / "versions.json") as file:
                 packages = reversed([*metadata.distributions()])  # of two with a name the first is imported
                 file.write_text(json.dumps({p.name: p.version for p in packages}, indent=1))
-        print(f"{cfg.model} and {cfg.workers} simulators of {cfg.suite} are ready", flush=True)
-        if cfg.control_step == "robosuite":
-            print("control steps are robosuite's, 3.5 times slower than simulators/libero.py's", flush=True)
+        kind = f"{cfg.suite}, control step: {cfg.control_step or 'its only one'}"
+        print(f"{cfg.model} and {cfg.workers} simulators of {kind} are ready", flush=True)
         if cfg.eval:
             return evaluate(policy, simulators, contexts, cfg, "success")
         if not state.history:

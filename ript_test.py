@@ -461,12 +461,6 @@ def test_an_action_is_a_function_of_its_observation_and_its_generator():
     assert (column(chunks, "sample")[0] != column(chunks, "sample")[1]).all()
 
 
-def test_the_scale_head_starts_at_b_of_a_twentieth_whatever_the_features_are():
-    head = ript.ScaleHead(nn.Linear(5, 6), 6, 7)
-    scale = head(torch.randn(3, 8, 5)).exp()
-    assert scale.shape == (3, 8, 7) and 0.04 < scale.min() and scale.max() < 0.06
-
-
 # --------------------------------------------------------------------------------- contexts and rollouts, 4-6
 def toy_context(number, close=ToySuite.CLOSE, seconds=0.0):
     task = number % 2
