@@ -1100,8 +1100,8 @@ def main(argv: Optional[list[str]] = None):
             with writing(out / "versions.json") as file:
                 packages = reversed([*metadata.distributions()])  # of two with a name the first is imported
                 file.write_text(json.dumps({p.name: p.version for p in packages}, indent=1))
-        kind = f"{cfg.suite}, control step: {cfg.control_step or 'its only one'}"
-        print(f"{cfg.model} and {cfg.workers} simulators of {kind} are ready", flush=True)
+        suite = f"{cfg.suite}, with its {cfg.control_step or 'own'} control step,"
+        print(f"{cfg.model} and {cfg.workers} simulators of {suite} are ready", flush=True)
         if cfg.eval:
             return evaluate(policy, simulators, contexts, cfg, "success")
         if not state.history:
