@@ -43,7 +43,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -230,10 +230,9 @@ def loss_weight(mask: torch.Tensor, per: str = "episode") -> torch.Tensor:
     which one without steps counts as 0; so the weights sum to the share of the others. per="token": a mean
     over all steps, in which long episodes weigh more. Raises ValueError for another per or mask.
     """
-    if per not in ("episode", "token"):
-        raise ValueError(f"per must be 'episode' or 'token', got {per!r}")
-    if mask.ndim != 2 or mask.dtype != torch.bool:
-        raise ValueError(f"mask must be (E, S) bool, got {tuple(mask.shape)} {mask.dtype}")
+    if per not in ("episode", "token") or mask.ndim != 2 or mask.dtype != torch.bool:
+        raise ValueError(f"mask must be (E, S) bool, got {tuple(mask.shape)} {mask.dtype}; per must be "
+                         f"'episode' or 'token', got {per!r}")
     if per == "token":
         return mask / mask.sum().clamp(min=1)
     return mask / mask.sum(-1, keepdim=True).clamp(min=1) / len(mask)
@@ -245,13 +244,11 @@ def ppo_clip_loss(log_prob: torch.Tensor, old_log_prob: torch.Tensor, advantage:
     log_prob, old_log_prob (E, S); advantage (E,); weight (E, S) from loss_weight, 0 where no action ran;
     clip: eps, or a pair for [1 - low, 1 + high]. Returns the sum over weighted steps, a scalar, and such sums
     of ratio, clip_frac (where the clip cuts the gradient), outside_clip (where the ratio is out of its range)
-    and approx_kl. Parts of a minibatch add up to its own.
-    Raises ValueError for other shapes, and for a mask in place of weights.
+    and approx_kl. Parts of a minibatch add up to its own. Raises ValueError for other shapes or a mask.
     """
     shapes = [tuple(x.shape) for x in (log_prob, old_log_prob, weight, advantage)]
     if log_prob.ndim != 2 or shapes != 3 * shapes[:1] + [shapes[0][:1]] or not weight.is_floating_point():
-        raise ValueError("log_prob, old_log_prob and weight must be (E, S) and advantage (E,), weight of "
-                         f"floats: they are {shapes}, weight is {weight.dtype}")
+        raise ValueError(f"log_prob, old_log_prob, weight (floats) must be (E, S), advantage (E,): {shapes}")
     low, high = np.broadcast_to(clip, 2)  # ValueError for three
     # What was not executed may be anything, NaN too, and must not reach the gradient. Beyond the bound, which
     # keeps the ratio finite, in float16 too, nothing has a gradient.
@@ -276,13 +273,10 @@ class Episode:
     context: "Context"
     group: int = 0  # the number of its group in the stream of contexts
     seed_key: tuple = ()  # of the exploration: seed, iteration, group, k
-    chunks: list[dict] = field(default_factory=list)  # the policy's action chunks, one per query
+    chunks: list[dict] = field(default_factory=list, repr=False)  # the policy's action chunks, one per query
     num_executed: list[int] = field(default_factory=list)  # how many of each chunk's H action steps ran
     success: Optional[bool] = None  # the reward; None until the episode has ended
     deterministic: bool = False  # act with the mean
-
-    def __str__(self):
-        return f"the episode of {self.context} with seed_key {self.seed_key}"
 
 async def rollout(simulator: "Simulator", episode: Episode, actor: "Actor", horizon: int):
     """Run an episode in a simulator: reset, then act and step until success or the horizon."""
@@ -424,8 +418,8 @@ def update(policy: nn.Module, optimizer, episodes: list[Episode], cfg: Config, s
     steps = max(all_gather(math.ceil(len(episodes) * WORLD / cfg.minibatch)))
     minibatches = np.array_split(rng.permutation(len(episodes)), steps)
     parts = [make_micro_batches(episodes, minibatch, size) for minibatch in minibatches]
-    # In bfloat16 other batches move a log_prob by up to 0.4. So the first pass's batches are those of all
-    # passes, and later ones change their order: old and new log_probs are of one function.
+    # In bfloat16 other batches move a log_prob by up to 0.4. So later passes have the same ones in another
+    # order: old and new log_probs are of one function.
     order = list(range(steps))
     for _ in range(1, cfg.ppo_epochs):
         order += rng.permutation(steps).tolist()
@@ -435,7 +429,7 @@ def update(policy: nn.Module, optimizer, episodes: list[Episode], cfg: Config, s
     gap = (recorded - old)[mask] if episodes else torch.zeros(1)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     logs = []
-    progress = Progress(f"update of iteration {state.iteration + 1}")
+    bar = progress_bar(f"update of iteration {state.iteration + 1}", len(order))
     for minibatch, its_parts in [(minibatches[i], parts[i]) for i in order]:
         # The loss is a mean over the episodes, or steps, of all processes: their weights sum to 1.
         counted = mask[minibatch]
@@ -458,28 +452,20 @@ def update(policy: nn.Module, optimizer, episodes: list[Episode], cfg: Config, s
         optimizer.step()
         optimizer.zero_grad()  # now, so that gradients take no memory during the next rollouts
         logs.append(log)
-        progress.step(len(order), f"clip_frac {log['clip_frac']:.3f}, approx_kl {log['approx_kl']:.5f}")
-    progress.bar.close()
+        bar.set_postfix_str(f"clip_frac {log['clip_frac']:.3f}, approx_kl {log['approx_kl']:.5f}", False)
+        bar.update()
+    bar.close()
     means = {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
     return means | dict(updates=len(logs), seconds_update=time.time() - began,
                         ratio_error=max(all_gather((gap.exp() - 1).abs().max().item())),
                         act_std=max(all_gather(gap.std(correction=0).item())))
 
 # ------------------------------------------------------------------------------------ 3. The policy wrapper
-class ScaleHead(nn.Sequential):
-    """The head that RIPT adds (section 4.2 of the paper): (B, H, F) -> log b of every action, (B, H, A)."""
-    # Its trunk, (B, H, F) -> (B, H, width), is like the action head's. It is fitted by maximum likelihood
-    # before stage 3 and frozen in it. Its modules have the names of the released scale_header.pth.
-    def __init__(self, trunk: nn.Module, width: int, A: int):
-        super().__init__(OrderedDict(trunk=trunk, log_b_head=nn.Linear(width, A)))
-        # It starts at b = 0.05 whatever the features are.
-        nn.init.xavier_uniform_(self.log_b_head.weight, gain=0.01)
-        nn.init.constant_(self.log_b_head.bias, -3.0)
-
 class LaplacePolicy(nn.Module):
     """Wraps a VLA that regresses action chunks as a Laplace policy: a density around its prediction.
 
-    A subclass has action_head and scale_head, modules (B, H, F) -> (B, H, A), and these methods:
+    A subclass has action_head and scale_head, modules (B, H, F) -> (B, H, A), and the methods below. The
+    scale head is RIPT's own (section 4.2): fitted by maximum likelihood before stage 3 and frozen in it.
       load(cfg)                               a classmethod: the policy that a run starts from
       preprocess(raw)                         the simulator's arrays -> the observation that an episode stores
       features(observations, instructions)    lists of length B -> (B, H, F), with gradient
@@ -636,7 +622,6 @@ class Libero(Robosuite):
         return states[:number]
 
     def make_env(self, task):
-        """Make the task's environment, unless it is there."""
         if task == self.task:
             return
         if self.env:
@@ -648,8 +633,7 @@ class Libero(Robosuite):
 
     def reset(self, context: Context) -> StepResult:
         """Seed, reset, set the state and let things settle."""
-        # In this order at every episode: LIBERO's fixtures are placed by the seed and are no part of the
-        # state, and all K rollouts of a group must share their scene, or their baseline is wrong.
+        # The seed places LIBERO's fixtures, which are no part of the state: a group must share them.
         self.make_env(context.task)
         np.random.seed(context.seed % 2 ** 32)
         self.env.reset()
@@ -697,10 +681,9 @@ def tasks_of(cfg: Config) -> dict[int, str]:
     """Numbers and instructions of the tasks that a run is about."""
     suite = load_suite(cfg.suite)
     texts = dict(enumerate(suite.INSTRUCTIONS))
-    with trying(f"the HORIZON of {cfg.suite}", "use"):
-        some = all(range(horizon_of(suite, task)) for task in texts)
-    fits = some and min(map(len, texts.values()), default=0) > 1
-    require(fits, f"{cfg.suite} needs INSTRUCTIONS, a text per task, and a HORIZON above 0")
+    with trying(f"the INSTRUCTIONS and the HORIZON of {cfg.suite}", "use"):
+        fits = all(len(text) > 1 and range(horizon_of(suite, task)) for task, text in texts.items())
+    require(texts and fits, f"{cfg.suite} needs INSTRUCTIONS, a text per task, and a HORIZON above 0")
     require(cfg.task < len(texts), f"--task must be below {len(texts)} for {cfg.suite}, got {cfg.task}")
     return texts if cfg.task < 0 else {cfg.task: texts[cfg.task]}
 
@@ -796,14 +779,14 @@ class Simulators:
             await asyncio.gather(*coroutines)
 
         self.idle, self.waiting = list(self.all), []  # waiting: a task and a Future for each
-        self.groups, self.progress = groups, Progress(title)
+        self.groups, self.bar = groups, progress_bar(title)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # for the policy: the simulators need the other cores
         try:
             asyncio.run(together())
         finally:
             torch.set_num_threads(threads)
-            self.progress.bar.close()
+            self.bar.close()
 
     async def run_episodes(self, rollout, episodes: list[Episode], *arguments):
         """Await rollout(simulator, episode, *arguments, horizon) for each episode."""
@@ -826,7 +809,18 @@ class Simulators:
             raise RuntimeError(f"the simulator failed {self.TRIES} times at {episode}") from failure
         self.idle.append(simulator)
         self.match()
-        self.progress.step(*progress_of(self.groups))
+        self.show_progress()
+
+    def show_progress(self):
+        """Count an episode that has ended, of those that have begun, and say how groups came out."""
+        outcomes = [[episode.success for episode in group] for group in self.groups]
+        signal = [has_signal(torch.tensor([group])).item() for group in outcomes if None not in group]
+        text = f"{sum(group.count(True) for group in outcomes)} succeeded"
+        if len(outcomes) > 1:
+            text += f", {sum(signal)} groups kept, {len(signal) - sum(signal)} rejected"
+        self.bar.total = sum(map(len, outcomes))
+        self.bar.set_postfix_str(text, False)
+        self.bar.update()
 
     def match(self):
         """Give free simulators to episodes that wait, to those first whose environment they have."""
@@ -894,31 +888,13 @@ def reduce_gradients(parameters: list[nn.Parameter]):
         distributed.all_reduce(flat)
         nn.utils.vector_to_parameters(flat, gradients)
 
-class Progress:
-    """How far something is: a bar on a terminal, and elsewhere a line a minute. Rank 0 speaks."""
-    def __init__(self, title):
-        from tqdm import tqdm
-        tqdm.monitor_interval = 0  # its monitor would be a thread
-        self.bar = tqdm(desc=title, leave=False, disable=RANK > 0 or not sys.stderr.isatty())
-        self.title, self.done, self.spoke = title, 0, time.time()
-
-    def step(self, total, text):
-        """One more of so many is done; text says how it goes."""
-        self.done, self.bar.total = self.done + 1, total
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update()
-        if self.bar.disable and time.time() - self.spoke > 60:
-            print(f"{self.title}: {self.done} of {total}, {text}", flush=True)
-            self.spoke = time.time()
-
-def progress_of(groups: list[list[Episode]]) -> tuple[int, str]:
-    """How many episodes of groups have begun, and a text about those that have ended."""
-    outcomes = [[episode.success for episode in group] for group in groups]
-    signal = [bool(has_signal(torch.tensor([group]))) for group in outcomes if None not in group]
-    text = f"{sum(group.count(True) for group in outcomes)} succeeded"
-    if len(groups) > 1:
-        text += f", {sum(signal)} groups kept, {len(signal) - sum(signal)} rejected"
-    return sum(map(len, groups)), text
+def progress_bar(title: str, total: Optional[int] = None):
+    """tqdm's bar on a terminal, and elsewhere a line a minute. Rank 0 speaks."""
+    from tqdm import tqdm
+    tqdm.monitor_interval = 0  # its monitor would be a thread
+    line = dict(bar_format="{desc}: {n} of {total}{postfix}\n", mininterval=60, delay=60, leave=True)
+    kind = dict(leave=False) if sys.stderr.isatty() else line
+    return tqdm(desc=title, total=total, miniters=1, disable=RANK > 0, **kind)
 
 def rollout_stats(groups: list[list[Episode]]) -> dict:
     """Statistics of an iteration's groups over all processes."""
@@ -929,7 +905,7 @@ def rollout_stats(groups: list[list[Episode]]) -> dict:
         kept=has_signal(rewards).sum().item(), all_success=rewards.all(-1).sum().item(),
         all_fail=(~rewards).all(-1).sum().item(), rollouts=len(episodes), successes=rewards.sum().item(),
         queries=len(chunks), env_steps=sum(sum(episode.num_executed) for episode in episodes),
-        **{name: sum(float(chunk.get(name, 0.0)) for chunk in chunks) for name in LOGGED}))
+        **{name: sum(float(chunk.get(name, 0)) for chunk in chunks) for name in LOGGED}))
     stats |= {name: stats[name] / max(stats["queries"], 1) for name in LOGGED}
     return stats | dict(rollout_success=stats["successes"] / stats["rollouts"])
 
@@ -1007,7 +983,6 @@ class TrainState:
     """How far a run has come."""
     iteration: int = 0  # complete ones
     group: int = 0  # the next number in the stream of contexts
-    best: float = -1.0  # the best success of an evaluation
     history: list = field(default_factory=list)  # the rows of metrics.jsonl
 
 def log_iteration(state: TrainState, stats: dict):
@@ -1023,14 +998,13 @@ def log_iteration(state: TrainState, stats: dict):
 
 def save_policy(policy: nn.Module, directory: Path):
     """Write a policy's directory, whose files appear together."""
-    new, old = (directory.with_name(f"{directory.name}.tmp{number}") for number in (1, 2))
-    shutil.rmtree(new, ignore_errors=True)  # what a run that was killed has left
-    policy.save(new)
+    folder = directory.with_name(f"{directory.name}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)  # what a run that was killed has left
+    policy.save(folder / "new")
     if directory.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        directory.rename(old)
-    new.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
+        directory.rename(folder / "old")
+    (folder / "new").rename(directory)
+    shutil.rmtree(folder)
 
 def fingerprint(policy: nn.Module, trained: bool = True) -> str:
     """What tells a policy from others or, without what trains, its base: names, shapes and up to 2 ** 15
@@ -1044,14 +1018,10 @@ def fingerprint(policy: nn.Module, trained: bool = True) -> str:
     return hashlib.sha256(repr(found).encode()).hexdigest()
 
 def save_run(out: Path, policy: nn.Module, optimizer, state: TrainState):
-    """Write last/, best/, metrics.jsonl and, for --resume, run.pt."""
-    success = state.history[-1].get("eval_success", -1.0)
-    is_best, state.best = success > state.best, max(state.best, success)
+    """Write last/, metrics.jsonl and, for --resume, run.pt."""
     if RANK > 0:
         return
     save_policy(policy, out / "last")
-    if is_best:
-        save_policy(policy, out / "best")
     with writing(out / "metrics.jsonl") as file:
         file.write_text("".join(json.dumps(row) + "\n" for row in state.history))
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
@@ -1069,7 +1039,7 @@ def load_run(path: Path, policy: nn.Module, optimizer) -> TrainState:
         require(not wrong, f"cannot read {path}: it has not what the policy trains, as {sorted(wrong)[:1]}")
         policy.load_state_dict(saved.pop("policy"), strict=False)
         optimizer.load_state_dict(saved.pop("optimizer"))
-        return TrainState(**saved)
+        return TrainState(**{option.name: saved[option.name] for option in fields(TrainState)})
 
 def check_out(cfg: Config):
     """Raise UserError unless cfg.out is apart from what the run reads, and new or begun by a run like it."""
@@ -1132,9 +1102,8 @@ def main(argv: Optional[list[str]] = None):
             with writing(out / "versions.json") as file:
                 packages = reversed([*metadata.distributions()])  # of two with a name the first is imported
                 file.write_text(json.dumps({p.name: p.version for p in packages}, indent=1))
-        print(f"{cfg.model} and {cfg.workers} simulators of {cfg.suite} are ready", flush=True)
-        if cfg.control_step == "robosuite":
-            print("control steps are robosuite's, 3.5 times slower than simulators/libero.py's", flush=True)
+        suite = f"{cfg.suite}, with its {cfg.control_step or 'own'} control step,"
+        print(f"{cfg.model} and {cfg.workers} simulators of {suite} are ready", flush=True)
         if cfg.eval:
             return evaluate(policy, simulators, contexts, cfg, "success")
         if not state.history:

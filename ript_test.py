@@ -461,12 +461,6 @@ def test_an_action_is_a_function_of_its_observation_and_its_generator():
     assert (column(chunks, "sample")[0] != column(chunks, "sample")[1]).all()
 
 
-def test_the_scale_head_starts_at_b_of_a_twentieth_whatever_the_features_are():
-    head = ript.ScaleHead(nn.Linear(5, 6), 6, 7)
-    scale = head(torch.randn(3, 8, 5)).exp()
-    assert scale.shape == (3, 8, 7) and 0.04 < scale.min() and scale.max() < 0.06
-
-
 # --------------------------------------------------------------------------------- contexts and rollouts, 4-6
 def toy_context(number, close=ToySuite.CLOSE, seconds=0.0):
     task = number % 2
@@ -727,7 +721,7 @@ def break_policy(policy):
 def test_an_action_that_is_not_finite_stops_the_run_and_the_episode_is_named(simulators):
     policy = ToyPolicy()
     break_policy(policy)
-    with pytest.raises(RuntimeError, match="action is not finite in the episode of Context.task="):
+    with pytest.raises(RuntimeError, match="action is not finite in Episode.context=Context.task="):
         collected(simulators, policy=policy)
 
 
@@ -965,7 +959,7 @@ def test_what_is_not_finite_stops_the_run_before_the_step(monkeypatch):
             updated(policy, episodes)
     assert (weights_of(policy) == before).all()
     break_policy(policy)
-    with pytest.raises(RuntimeError, match="log_prob is not finite in the episode of Context.task=0"):
+    with pytest.raises(RuntimeError, match="log_prob is not finite in Episode.context=Context.task=0"):
         updated(policy, episodes)
 
 
@@ -1045,7 +1039,7 @@ def test_a_policy_that_explores_learns_a_task_that_it_never_solves_at_first(fini
 def test_a_run_prints_a_line_per_iteration_and_writes_metrics_checkpoints_and_outcomes(finished):
     out, printed = finished
     files = {path.name for path in out.glob("[!.]*")}
-    assert files == {"config.json", "versions.json", "metrics.jsonl", "run.pt", "last", "best",
+    assert files == {"config.json", "versions.json", "metrics.jsonl", "run.pt", "last",
                      "evaluation_SFT.json", "evaluation_RIPT.json"}
     versions = json.loads((out / "versions.json").read_text())
     assert versions["torch"] == metadata.version("torch") and versions["numpy"] == np.__version__
@@ -1073,7 +1067,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path):
     assert len(rows_of(out)) == 3
     ript.main(["--resume", str(out), "--iterations", "4"])
     assert rows_of(out) == rows_of(finished[0])
-    for name in ("last/policy.pt", "best/policy.pt", "evaluation_SFT.json", "evaluation_RIPT.json"):
+    for name in ("last/policy.pt", "evaluation_SFT.json", "evaluation_RIPT.json"):
         assert (out / name).read_bytes() == (finished[0] / name).read_bytes()
 
 

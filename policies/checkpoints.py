@@ -16,7 +16,7 @@ def fetch(path) -> Path:
     """A local path as it is; OWNER/NAME or OWNER/NAME/PATH in the Hugging Face hub, downloaded."""
     path = Path(path)
     if (path / "run.pt").exists():
-        raise ValueError("it is a run, its policies are in last/ and best/")
+        raise ValueError("it is a run, its policy is in last/")
     if path.exists():
         return path
     if path.is_absolute() or len(path.parts) < 2:

@@ -1,4 +1,4 @@
-"""A 7B run's last/ or best/ as an OpenVLA-OFT directory, for evaluators that know nothing of adapters.
+"""A 7B run's last/ as an OpenVLA-OFT directory, for evaluators that know nothing of adapters.
 
     python scripts/export.py runs/OpenVLAOFT_libero_10/last --out DIR
     python scripts/export.py OWNER/NAME/FOLDER --out DIR --checkpoint BASE    adapters of others
@@ -156,7 +156,7 @@ def main(argv: Optional[list[str]] = None):
     """Write the directory under a temporary name, and rename it at the end."""
     parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
     parser.error = partial(require, False)
-    parser.add_argument("adapter", help="last/ or best/ of a run, or a folder of adapters in the hub")
+    parser.add_argument("adapter", help="last/ of a run, or a folder of adapters in the hub")
     parser.add_argument("--out", required=True, help="directory to write, which must not exist or be empty")
     parser.add_argument("--checkpoint", default="", help="the base, where the run's config.json is not there")
     options = parser.parse_args(argv)
@@ -166,7 +166,7 @@ def main(argv: Optional[list[str]] = None):
     with reading(options.adapter):
         adapter = fetch(options.adapter)
     require((adapter / "adapter_config.json").exists(), f"{adapter} has no adapters (adapter_config.json): "
-            "export.py is for last/ and best/ of a run of --model openvla-oft, which have some")
+            "export.py is for last/ of a run of --model openvla-oft, which has some")
     checkpoint, origin = find_base(adapter, options.checkpoint)
     with reading(checkpoint):
         base = fetch(checkpoint)

@@ -90,7 +90,7 @@ MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared bel
     ("--checkpoint no/such/run", "no such file or directory, and nothing from the hub"),
     ("--checkpoint {tmp}/none", "cannot read {tmp}/none"),
     ("--checkpoint {tmp}/corrupt", "cannot read {tmp}/corrupt/model.safetensors"),
-    ("--checkpoint {tmp}/a_run", "cannot read {tmp}/a_run: ValueError: it is a run, its policies are"),
+    ("--checkpoint {tmp}/a_run", "cannot read {tmp}/a_run: ValueError: it is a run, its policy is"),
     ("--checkpoint {tmp}/other", "{tmp}/other/config.json: ValueError: it is not a tiny policy's"),
     ("--checkpoint {tmp}/smaller", "cannot read {tmp}/smaller/model.safetensors: RuntimeError"),
     ("--checkpoint {tmp}/bounds", "{tmp}/bounds/config.json: ValueError: q99 of action must be"),

@@ -118,7 +118,7 @@ def test_each_mistake_gets_a_sentence_and_leaves_nothing_behind(oft, tmp_path):
     good, base = f"{GOLDEN / LORA}", f"--checkpoint {BASE}"
     mistakes = [(f"{good} {base} --out {taken}", f"{taken} exists already: choose another --out"),
                 (f"{good} {base} --out {taken}/notes.txt", "notes.txt exists already"),
-                (f"{run} {base} --out {tmp_path}/out", "it is a run, its policies are in last/ and best/"),
+                (f"{run} {base} --out {tmp_path}/out", "it is a run, its policy is in last/"),
                 (f"{PRETRAINED} {base} --out {tmp_path}/out", f"{PRETRAINED} has no adapters"),
                 (f"{BASE} --out {tmp_path}/out", f"{BASE} has no adapters"),
                 (f"{tmp_path}/none {base} --out {tmp_path}/out", f"cannot read {tmp_path}/none"),

@@ -152,7 +152,7 @@ def finished(faulty, tmp_path_factory):
 
 def assert_same_run(run, other):
     assert rows_of(run) == rows_of(other)
-    for name in ("last/policy.pt", "best/policy.pt", "evaluation_SFT.json", "evaluation_RIPT.json"):
+    for name in ("last/policy.pt", "evaluation_SFT.json", "evaluation_RIPT.json"):
         assert (run / name).read_bytes() == (other / name).read_bytes()
     assert not list(run.rglob("*.tmp*"))
 
