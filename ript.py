@@ -43,7 +43,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -461,11 +461,20 @@ def update(policy: nn.Module, optimizer, episodes: list[Episode], cfg: Config, s
                         act_std=max(all_gather(gap.std(correction=0).item())))
 
 # ------------------------------------------------------------------------------------ 3. The policy wrapper
+class ScaleHead(nn.Sequential):
+    """The head that RIPT adds (section 4.2 of the paper): (B, H, F) -> log b of every action, (B, H, A)."""
+    # Its trunk, (B, H, F) -> (B, H, width), is like the action head's. It is fitted by maximum likelihood
+    # before stage 3 and frozen in it. Its modules have the names of the released scale_header.pth.
+    def __init__(self, trunk: nn.Module, width: int, A: int):
+        super().__init__(OrderedDict(trunk=trunk, log_b_head=nn.Linear(width, A)))
+        # It starts at b = 0.05 whatever the features are.
+        nn.init.xavier_uniform_(self.log_b_head.weight, gain=0.01)
+        nn.init.constant_(self.log_b_head.bias, -3.0)
+
 class LaplacePolicy(nn.Module):
     """Wraps a VLA that regresses action chunks as a Laplace policy: a density around its prediction.
 
-    A subclass has action_head and scale_head, modules (B, H, F) -> (B, H, A), and the methods below. The
-    scale head is RIPT's own (section 4.2): fitted by maximum likelihood before stage 3 and frozen in it.
+    A subclass has action_head and scale_head, modules (B, H, F) -> (B, H, A), and these methods:
       load(cfg)                               a classmethod: the policy that a run starts from
       preprocess(raw)                         the simulator's arrays -> the observation that an episode stores
       features(observations, instructions)    lists of length B -> (B, H, F), with gradient

@@ -21,7 +21,7 @@ from torch import nn
 from policies.checkpoints import (check_trained_with, checksums, fetch, fill, read_base, read_json,
                                   read_origin, read_statistics, read_tokenizer, weights_of)
 from policies.vision import Tower, mlp, openvla_picture
-from ript import LaplacePolicy, reading, require, writing
+from ript import LaplacePolicy, ScaleHead, reading, require, writing
 
 # transformers, PEFT and the hub are imported where they are used: simulators, which import this file for
 # preprocess, would spend 3 seconds and 150 MB on them.
@@ -45,16 +45,6 @@ class MLPResNet(nn.Module):
         for block in self.mlp_resnet_blocks:
             x = x + block["ffn"](x)  # the residual joins after the ReLU
         return self.fc2(self.layer_norm2(x))
-
-class ScaleHead(nn.Sequential):
-    """The head that RIPT adds (section 4.2 of the paper): (B, H, F) -> log b of every action, (B, H, A)."""
-    # Its trunk, (B, H, F) -> (B, H, width), is like the action head's. It is fitted by maximum likelihood
-    # before stage 3 and frozen in it. Its modules have the names of the released scale_header.pth.
-    def __init__(self, trunk: nn.Module, width: int, A: int):
-        super().__init__(OrderedDict(trunk=trunk, log_b_head=nn.Linear(width, A)))
-        # It starts at b = 0.05 whatever the features are.
-        nn.init.xavier_uniform_(self.log_b_head.weight, gain=0.01)
-        nn.init.constant_(self.log_b_head.bias, -3.0)
 
 # ------------------------------------------------------------------------------------------------- Settings
 def is_adapter_or_head(name) -> bool:

@@ -11,7 +11,7 @@ pytest.importorskip("metaworld", reason="pip install -c requirements.txt metawor
 from metaworld.env_dict import ML45_V3
 
 from policies.tiny import Tiny
-from ript import Context, load_suite
+from ript import Context
 from scripts import sft
 from simulators.metaworld import EXPERT_STEPS, ML45
 
@@ -20,10 +20,10 @@ TASKS = [ML45.NAMES.index(name) for name in ("drawer-open", "peg-insert-side", "
 
 
 def test_the_suites_have_the_tasks_of_ml45_and_of_quests_authors():
-    names = [[f"{name}-v3" for name in load_suite(suite).NAMES] for suite in SUITES]
+    names = [[f"{name}-v3" for name in ript.load_suite(suite).NAMES] for suite in SUITES]
     assert names[0] == list(ML45_V3["train"]) and names[1] == list(ML45_V3["test"])
     assert len(names[2]) == 5 and set(names[2]) <= {*names[0], *names[1]}
-    for suite in map(load_suite, SUITES):
+    for suite in map(ript.load_suite, SUITES):
         assert len(suite.INSTRUCTIONS) == len(suite.HORIZON) == len(suite.NAMES)
         for name, text, horizon in zip(suite.NAMES, suite.INSTRUCTIONS, suite.HORIZON):
             assert text.split() == name.split("-")
@@ -33,7 +33,7 @@ def test_the_suites_have_the_tasks_of_ml45_and_of_quests_authors():
 @pytest.fixture(scope="module")
 def used():
     """A simulator that keeps one environment, and has run an episode of each of TASKS."""
-    simulator = load_suite("metaworld")(32, True)
+    simulator = ript.load_suite("metaworld")(32, True)
     simulator.KEPT = 1
     for task in TASKS:
         simulator.reset(Context(task, "", 1))
@@ -44,7 +44,7 @@ def used():
 
 @pytest.mark.parametrize("task", TASKS[::-1])
 def test_an_episode_is_a_function_of_its_context_whatever_the_environment_did_before(used, task):
-    fresh = load_suite("metaworld")(32, True)
+    fresh = ript.load_suite("metaworld")(32, True)
     actions = np.random.default_rng(7).uniform(-1, 1, (24, 4))
     records = []
     for simulator in (fresh, used):
@@ -62,7 +62,7 @@ def test_an_episode_is_a_function_of_its_context_whatever_the_environment_did_be
 
 
 def test_experts_succeed_though_their_hand_is_pushed_and_their_gripper_is_no_sign():
-    simulator = load_suite("metaworld")(16, True)
+    simulator = ript.load_suite("metaworld")(16, True)
     for name in ("assembly", "reach"):
         task = simulator.NAMES.index(name)
         found = [simulator.demonstrate(Context(task, "", 1000 + seed)) for seed in range(3)]
@@ -74,7 +74,7 @@ def test_experts_succeed_though_their_hand_is_pushed_and_their_gripper_is_no_sig
 
 
 def test_pictures_show_what_the_seed_decides_and_leave_the_arm_out_where_that_is_asked_for():
-    simulator = load_suite("metaworld")(64, True)
+    simulator = ript.load_suite("metaworld")(64, True)
     pictures = [simulator.reset(Context(14, "", seed)).observation["agentview_image"] for seed in (0, 1, 0)]
     assert (pictures[0] == pictures[2]).all() and (pictures[0] != pictures[1]).any()
     assert pictures[0].shape == (64, 64, 3) and pictures[0].std() > 20
@@ -84,7 +84,7 @@ def test_pictures_show_what_the_seed_decides_and_leave_the_arm_out_where_that_is
 
 
 def test_a_policy_from_scratch_has_four_actions_and_a_gripper_that_is_a_number():
-    suite = load_suite("metaworld")
+    suite = ript.load_suite("metaworld")
     proprio = np.random.default_rng(0).uniform(-1, 1, (50, 8))
     picture = np.zeros((16, 16, 3), np.uint8)
     pictures = dict(agentview_image=picture, robot0_eye_in_hand_image=picture)

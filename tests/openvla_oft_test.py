@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from policies import checkpoints
-from policies.openvla_oft import OpenVLAOFT, ScaleHead
+from policies.openvla_oft import OpenVLAOFT
 from policies.tiny import Tiny
 from policies.vision import openvla_picture
 from ript import Context, Episode
@@ -27,7 +27,7 @@ DECODER = ("language_model.model.layers", "action_head")
 
 
 def test_the_scale_head_starts_at_b_of_a_twentieth_whatever_the_features_are():
-    head = ScaleHead(nn.Linear(5, 6), 6, 7)
+    head = ript.ScaleHead(nn.Linear(5, 6), 6, 7)
     scale = head(torch.randn(3, 8, 5)).exp()
     assert scale.shape == (3, 8, 7) and 0.04 < scale.min() and scale.max() < 0.06
 
