@@ -34,7 +34,10 @@ fi
 
 # MetaWorld only where it is asked for, and for the tests: LIBERO needs none of it.
 if [[ " $* " == *" metaworld"* || "${1:-}" = test ]] && ! python -c 'import metaworld' 2>/dev/null; then
-    python -m pip install --quiet -c "$here/requirements.txt" metaworld==3.0.0 || die "pip could not install metaworld"
+    if ! python -m pip install --quiet -c "$here/requirements.txt" metaworld==3.0.0; then
+        [ "${1:-}" = test ] || die "pip could not install metaworld"
+        echo "MetaWorld is missing, its tests are skipped"
+    fi
 fi
 
 # 3. Headless OpenGL, from Debian where this script may install it. macOS has its own.
