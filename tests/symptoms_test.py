@@ -16,12 +16,12 @@ HEALTHY = dict(iteration=1, rollouts=96, kept=8, all_success=2, all_fail=2, clip
 BOUNDARIES = dict(
     all_fail=(dict(kept=3, all_fail=7), dict(kept=4, all_fail=6)),
     all_success=(dict(kept=3, all_success=7), dict(kept=4, all_success=6)),
-    clipped=(dict(updates=2, clip_frac=0.06), dict(updates=2, clip_frac=0.05)),
+    clipped=(dict(updates=2, clip_frac=0.05), dict(updates=2, clip_frac=0.04)),
     far=(dict(approx_kl=0.51), dict(approx_kl=0.5)),
     apart=(dict(act_std=0.11), dict(act_std=0.1)),
     bounded=(dict(at_low=0.995), dict(at_low=0.99)),
     above_evaluation=(dict(rollout_success=0.61), dict(rollout_success=0.59)))
-MORE = [("clipped", dict(updates=2, outside_clip=0.11), dict(updates=1, outside_clip=0.9, clip_frac=0.5)),
+MORE = [("clipped", dict(updates=2, outside_clip=0.09), dict(updates=1, outside_clip=0.9, clip_frac=0.5)),
         ("bounded", dict(at_high=0.51), dict(at_high=0.5)),
         ("above_evaluation", dict(eval_success=0.3), dict(eval_success=0.45))]
 
