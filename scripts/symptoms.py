@@ -84,8 +84,8 @@ SYMPTOMS = (
     Symptom("clipped", clipped,
             "in {updates} optimiser steps {outside_clip:.0%} of the action steps were outside the clip's "
             "range, and it cut the gradient of {clip_frac:.0%}. Later steps can then take back what the "
-            "first ones have won: fewer steps (a larger --minibatch, fewer --ppo_epochs), a larger --clip_coef "
-            "or a smaller --lr (docs/RESULTS.md, the 7B's path)."),
+            "first ones have won: fewer steps (a larger --minibatch, fewer --ppo_epochs), a larger "
+            "--clip_coef or a smaller --lr (docs/RESULTS.md, the 7B's path)."),
     Symptom("far", far,
             "the policy moved by a KL of {approx_kl:.2g} per action step away from the one that drew the "
             "rollouts, which then say little about it: fewer --ppo_epochs, a smaller --lr or a smaller "
