@@ -76,10 +76,10 @@ RENAMED = dict(passes="ppo_epochs", momentum="adam_beta1", clip="clip_coef", pre
 CHANGEABLE = "resume", "iterations", "workers", "device", "eval_every", "micro_batch"
 LOGGED = "scale", "at_low", "at_high"  # of the action chunks, as means over all queries
 TRAIN_SEEDS = 10_000_000  # training contexts have seeds from here on, and evaluation has 0, 1, 2, ...
-# What torchrun sets: the number of this process and of all, the same within its machine, and where they meet.
-LAUNCH = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
-LAUNCHED = map(os.environ.get, LAUNCH, "0101")  # without a launcher, process 0 of 1
-RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(text) if text.isdecimal() else -1 for text in LAUNCHED)
+# What torchrun sets: the number of this process and of all, and the same within its machine.
+LAUNCH = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")  # where nothing is set
+LAUNCHED = [os.environ.get(name, alone) for name, alone in LAUNCH.items()]
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = [int(text) if text.isdecimal() else -1 for text in LAUNCHED]
 
 def cores(quota=Path("/sys/fs/cgroup/cpu.max")) -> int:
     """How many cores a process may use. macOS does not say, and has no limits either."""
@@ -337,9 +337,11 @@ class Actor:
 
     def check(self, chunk):
         """Raise UserError unless the first chunk is as it must be: an update would notice it too late."""
-        policy, self.checked = self.policy, True
+        self.checked = True
+        policy = self.policy
         with trying("the policy's action chunks", "use"):
-            T, log_prob = getattr(policy, "tokens_per_query", 0) or policy.chunk, policy.log_prob([chunk])
+            T = getattr(policy, "tokens_per_query", 0) or policy.chunk
+            log_prob = policy.log_prob([chunk])
             wanted = policy.chunk, (T,), (1, T)
             found = len(chunk["actions"]), np.shape(chunk["log_prob"]), tuple(log_prob.shape)
             require(found == wanted, "the number of actions and the shapes of log_prob in and of a chunk are "
@@ -860,7 +862,8 @@ def open_simulators(cfg: Config):
 # ---------------------------------------------------------------------- 5. Ranks, evaluation, files and main
 def init_distributed(device: str):
     """Make the processes that torchrun started one group: NCCL on GPUs, gloo on CPUs."""
-    said = {name: os.environ[name] for name in LAUNCH if name in os.environ}
+    names = *LAUNCH, "MASTER_ADDR", "MASTER_PORT"
+    said = {name: os.environ[name] for name in names if name in os.environ}
     fits = 0 <= RANK < WORLD and 0 <= LOCAL_RANK < LOCAL_WORLD <= WORLD
     require(fits and (WORLD == 1 or "MASTER_PORT" in said), f"the environment has {said}, which "
             "torchrun would set otherwise: start processes with torchrun, or one without these variables")
@@ -963,7 +966,7 @@ def trying(what: object, verb: str = "read"):
     except Exception as error:  # each library has its own for a damaged file and for a full disk
         raise UserError(f"cannot {verb} {what}: {type(error).__name__}: {error}") from error
 
-reading = trying
+reading = trying  # with a path alone: "cannot read PATH: ..."
 
 @contextmanager
 def writing(path: Path):
@@ -1052,7 +1055,8 @@ def load_run(path: Path, policy: nn.Module, optimizer) -> TrainState:
 
 def check_out(cfg: Config):
     """Raise UserError unless cfg.out is apart from what the run reads, and new or begun by a run like it."""
-    out, held = Path(cfg.out).resolve(), {path.name for path in Path(cfg.out).glob("[!.]*")}
+    out = Path(cfg.out).resolve()
+    held = {path.name for path in out.glob("[!.]*")}
     for name in ("checkpoint", "adapter", "scale_head", "demos"):
         path = Path(getattr(cfg, name) or os.devnull).resolve()
         apart = not path.exists() or not (path.is_relative_to(out) or out.is_relative_to(path))
@@ -1102,7 +1106,8 @@ def main(argv: Optional[list[str]] = None):
         optimizer = torch.optim.AdamW(policy.parameter_groups(), cfg.lr, (cfg.adam_beta1, 0.999),
                                       fused=cfg.device != "cpu")
         rates = [group["lr"] for group in optimizer.param_groups]  # cfg.lr, where a group has none of its own
-        contexts, state = evaluation_contexts(cfg), TrainState()
+        contexts = evaluation_contexts(cfg)
+        state = TrainState()
         if cfg.resume and (out / "run.pt").exists():  # a run that was stopped before that begins again
             state = load_run(out / "run.pt", policy, optimizer)
         if RANK == 0:

@@ -193,22 +193,6 @@ def test_log_prob_is_the_density_of_a_laplace_in_float32_whatever_comes_in():
     assert_close(ript.laplace_log_prob(*half), ript.laplace_log_prob(*[x.float() for x in half]), 0)
 
 
-@pytest.mark.parametrize("which", range(3))
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_gives_nan_and_no_gradient_to_anything(which, value):
-    """So that a step which did not run, whatever its numbers are, cannot reach a parameter."""
-    numbers = [torch.randn(2, 3, 7) for _ in range(3)]
-    numbers[which][0, 1, 2] = value
-    numbers = [number.requires_grad_() for number in numbers]
-    log_prob = ript.laplace_log_prob(*numbers)
-    assert log_prob.isnan().tolist() == [[False, True, False], [False] * 3]
-    mask = torch.tensor([[True, False, True], [True] * 3])
-    old, weight = torch.where(mask, log_prob, 0).detach(), ript.loss_weight(mask)
-    ript.ppo_clip_loss(log_prob, old, torch.tensor([1.0, -1.0]), weight)[0].backward()
-    for number in numbers:
-        assert number.grad.isfinite().all() and (number.grad[0, 1] == 0).all() and (number.grad[1] != 0).all()
-
-
 @pytest.mark.parametrize("clip", [False, True])
 def test_log_prob_and_its_gradients_agree_with_the_original(clip):
     g, name = golden("golden_math"), "clip" if clip else "noclip"
@@ -285,24 +269,6 @@ def test_a_pair_clips_below_by_its_first_and_above_by_its_second(ratio, advantag
     one = torch.ones(1, 1)
     ript.ppo_clip_loss(log_prob, 0 * one, torch.tensor([advantage]), one, clip=(0.1, 0.3))[0].backward()
     assert (log_prob.grad != 0).item() == moves
-
-
-@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.float64])
-@pytest.mark.parametrize("far", [12, 100, math.inf, -100])
-@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
-def test_a_ratio_far_off_gives_finite_numbers_and_no_gradient_where_the_clip_cuts(advantage, far, kind):
-    log_prob = torch.tensor([[float(far), 0.05]], dtype=kind, requires_grad=True)
-    weight = torch.full((1, 2), 0.5)
-    old, advantages = torch.zeros(1, 2, dtype=kind), torch.tensor([advantage])
-    loss, stats = ript.ppo_clip_loss(log_prob, old, advantages, weight)
-    loss.backward()
-    assert all(number.isfinite().all() for number in (loss, log_prob.grad, *stats.values()))
-    assert loss.dtype == torch.float32 and (log_prob.grad[0, 1] != 0) == (advantage != 0)
-    bound = 11 if kind == torch.float16 else 20
-    cut = advantage == 0 or (far > 0) == (advantage > 0) or abs(far) > bound
-    assert (log_prob.grad[0, 0] == 0) == cut
-    if advantage > 0 and far > 0:
-        assert_close(loss, -(1.2 + math.exp(0.05)) / 2, 1e-3)
 
 
 @pytest.mark.parametrize("sign,advantage", [("advpos", 0.625), ("advneg", -0.375)])
@@ -498,13 +464,6 @@ def test_training_contexts_take_the_tasks_in_turn_and_no_seed_of_another_run_or_
     held_out = ript.evaluation_contexts(toy_config())
     assert [(c.task, c.seed) for c in held_out] == [(task, seed) for task in (0, 1) for seed in range(10)]
     assert len({c.seed for c in contexts} | {c.seed for c in held_out}) == 6 + 10
-
-
-@pytest.mark.parametrize("seed", [0, 427, 428, 33554431, 2 ** 31 - 1])
-def test_no_seed_of_a_run_comes_back_to_the_held_out_contexts(seed):
-    """A simulator's generators have 32 bits: 10^7 times 2^25 is 0 there."""
-    seeds = [ript.training_context(number, toy_config(seed=seed)).seed for number in (0, 1, 10 ** 6)]
-    assert all(ript.TRAIN_SEEDS <= seed < 2 ** 32 for seed in seeds) and len(set(seeds)) == 3
 
 
 def test_a_chunk_ends_at_the_step_that_succeeds_and_an_episode_at_the_horizon(simulators):

@@ -1,4 +1,4 @@
-"""What ript.py refuses, each by a sentence: inputs, outputs, policies, suites and files that do not fit."""
+"""What ript.py refuses, each by a sentence, and odd numbers that must do no harm."""
 import asyncio
 import importlib.util
 import json
@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from ript import Episode
-from ript_test import (FILE, TOY, ToyPolicy, ToySuite, collected, finished, simulators,  # noqa: F401
-                       toy_config, toy_context)
+from ript_test import (FILE, TOY, ToyPolicy, ToySuite, assert_close, collected, finished,  # noqa: F401
+                       simulators, toy_config, toy_context)
 
 
 WRONG = dict(  # of ppo_clip_loss for 3 episodes of 5 steps: what each would make of other numbers, in silence
@@ -290,7 +290,7 @@ def test_a_policy_appears_with_all_of_its_files_or_stays_as_it_was(tmp_path):
 
 def launched_with(monkeypatch, **variables):
     """ript.py, read again in an environment with these variables of a launcher alone."""
-    for name in ript.LAUNCH:
+    for name in (*ript.LAUNCH, "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -371,3 +371,44 @@ class Dark(ToySuite):
 """)
     assert say("Burning") == "the simulator does not start: ValueError: the kitchen is on fire"
     assert say("Dark").startswith("the simulator does not start (it needs libegl1 and libgl1-mesa-dri on ")
+
+
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_gives_nan_and_no_gradient_to_anything(which, value):
+    """So that a step which did not run, whatever its numbers are, cannot reach a parameter."""
+    numbers = [torch.randn(2, 3, 7) for _ in range(3)]
+    numbers[which][0, 1, 2] = value
+    numbers = [number.requires_grad_() for number in numbers]
+    log_prob = ript.laplace_log_prob(*numbers)
+    assert log_prob.isnan().tolist() == [[False, True, False], [False] * 3]
+    mask = torch.tensor([[True, False, True], [True] * 3])
+    old, weight = torch.where(mask, log_prob, 0).detach(), ript.loss_weight(mask)
+    ript.ppo_clip_loss(log_prob, old, torch.tensor([1.0, -1.0]), weight)[0].backward()
+    for number in numbers:
+        assert number.grad.isfinite().all() and (number.grad[0, 1] == 0).all() and (number.grad[1] != 0).all()
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("far", [12, 100, math.inf, -100])
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+def test_a_ratio_far_off_gives_finite_numbers_and_no_gradient_where_the_clip_cuts(advantage, far, kind):
+    log_prob = torch.tensor([[float(far), 0.05]], dtype=kind, requires_grad=True)
+    weight = torch.full((1, 2), 0.5)
+    old, advantages = torch.zeros(1, 2, dtype=kind), torch.tensor([advantage])
+    loss, stats = ript.ppo_clip_loss(log_prob, old, advantages, weight)
+    loss.backward()
+    assert all(number.isfinite().all() for number in (loss, log_prob.grad, *stats.values()))
+    assert loss.dtype == torch.float32 and (log_prob.grad[0, 1] != 0) == (advantage != 0)
+    bound = 11 if kind == torch.float16 else 20
+    cut = advantage == 0 or (far > 0) == (advantage > 0) or abs(far) > bound
+    assert (log_prob.grad[0, 0] == 0) == cut
+    if advantage > 0 and far > 0:
+        assert_close(loss, -(1.2 + math.exp(0.05)) / 2, 1e-3)
+
+
+@pytest.mark.parametrize("seed", [0, 427, 428, 33554431, 2 ** 31 - 1])
+def test_no_seed_of_a_run_comes_back_to_the_held_out_contexts(seed):
+    """A simulator's generators have 32 bits: 10^7 times 2^25 is 0 there."""
+    seeds = [ript.training_context(number, toy_config(seed=seed)).seed for number in (0, 1, 10 ** 6)]
+    assert all(ript.TRAIN_SEEDS <= seed < 2 ** 32 for seed in seeds) and len(set(seeds)) == 3
