@@ -24,8 +24,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import ript
-from experiments.common import (RESULTS, RUNS, SUCCESS, curve_of, plot_curves, print_header, print_row,
-                                read_csv, run_once, write_csv)
+from experiments.common import (RESULTS, RUNS, SUCCESS, add_noise_success, curve_of, plot_curves,
+                                print_header, print_row, read_csv, run_once, write_csv)
 from policies.openvla_oft import OpenVLAOFT, is_adapter_or_head
 from policies.tiny import Tiny
 from scripts import report
@@ -96,26 +96,9 @@ STEPS = "release", "paper", "slow", "wide", "step"
 
 # -------------------------------------------------------------------------------------------------- one run
 def train(arm, argv):
-    """ript.py's main() for an arm. Its rows also have success with noise in the held-out contexts."""
+    """ript.py's main() for an arm, with success with noise in its rows."""
     _, model, settings = ARMS[arm]
-    evaluate, log_iteration, found = ript.evaluate, ript.log_iteration, {}
-
-    def evaluate_both(policy, simulators, contexts, cfg, name):
-        success = evaluate(policy, simulators, contexts, cfg, name)
-        if name != "SFT":  # the first rollouts have that
-            # No rollout of training has such seeds.
-            episodes = [ript.Episode(context, number, (cfg.seed, 10 ** 6, number, 0))
-                        for number, context in enumerate(contexts)]
-            rollouts = simulators.run_episodes(ript.rollout, episodes, ript.Actor(policy, cfg.act_batch))
-            simulators.run([rollouts], [episodes], f"evaluation {name} with noise")
-            found["noise_success"] = sum(episode.success for episode in episodes) / len(episodes)
-        return success
-
-    def log_both(state, stats):
-        log_iteration(state, stats | found)
-        found.clear()
-
-    ript.evaluate, ript.log_iteration = evaluate_both, log_both
+    add_noise_success()
     ript.main(["--model", f"{__file__}:{model.__name__}", *settings.split(), *argv])
 
 def start_of(name, seed):

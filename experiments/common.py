@@ -39,6 +39,28 @@ def memory_gb(out: Path) -> float:
     """The peak memory of the process that run_once ran for this directory."""
     return float((out / "done").read_text())
 
+def add_noise_success() -> None:
+    """From now on ript.main's rows in this process have noise_success, too, where they have eval_success: the
+    success of the policy in the held-out contexts when it explores there."""
+    evaluate, log_iteration, found = ript.evaluate, ript.log_iteration, {}
+
+    def evaluate_both(policy, simulators, contexts, cfg, name):
+        success = evaluate(policy, simulators, contexts, cfg, name)
+        if name != "SFT":  # the first rollouts have that
+            # No rollout of training has such seeds.
+            episodes = [ript.Episode(context, number, (cfg.seed, 10 ** 6, number, 0))
+                        for number, context in enumerate(contexts)]
+            rollouts = simulators.run_episodes(ript.rollout, episodes, ript.Actor(policy, cfg.act_batch))
+            simulators.run([rollouts], [episodes], f"evaluation {name} with noise")
+            found["noise_success"] = sum(episode.success for episode in episodes) / len(episodes)
+        return success
+
+    def log_both(state, stats):
+        log_iteration(state, stats | found)
+        found.clear()
+
+    ript.evaluate, ript.log_iteration = evaluate_both, log_both
+
 def ask(simulators: list[ript.Simulator], method: str, arguments: list[tuple]) -> list:
     """The answers of simulators to a method of the suite, which all of them work on at once."""
     async def answers():

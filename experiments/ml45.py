@@ -1,7 +1,12 @@
 """MetaWorld ML45: what its scripted experts and its simulator can do.
 
-    python experiments/ml45.py experts    all 50 tasks, ten seeds each: docs/results/metaworld/experts.csv
-    python experiments/ml45.py speed      control steps, resets and pictures per second, beside LIBERO's
+    python experiments/ml45.py experts        all 50 tasks, ten seeds each: docs/results/metaworld/experts.csv
+    python experiments/ml45.py speed          control steps, resets and pictures per second, beside LIBERO's
+    python experiments/ml45.py starts 2 14    these tasks after stage 2, in contexts of development
+    python experiments/ml45.py train ARGUMENTS    ript.py with these, and with noise_success in its rows
+
+experiments/ablations.py has the runs of RIPT: those with Development's contexts, in which settings were chosen,
+and then those with the held-out ones.
 """
 import sys
 from pathlib import Path
@@ -9,12 +14,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 import time
+from dataclasses import replace
 
 import numpy as np
 
 import ript
-from experiments.common import RESULTS, print_header, print_row, write_csv
+from experiments.common import (RESULTS, RUNS, add_noise_success, print_header, print_row, read_csv, run_once,
+                                write_csv)
+from scripts import report
 from simulators import metaworld
+
+
+class Development(metaworld.ML45):
+    """The tasks to train on, in contexts that are neither held out nor any run's: settings are chosen here."""
+    def reset(self, context):
+        """As ever, in another scene."""
+        return super().reset(replace(context, seed=context.seed + 500_000))
 
 
 class Unseen(metaworld.MetaWorld):
@@ -74,14 +89,36 @@ def speed() -> None:
         simulator.env.close()
 
 
-COMMANDS = dict(experts=experts, speed=speed)
+def starts(tasks: list[int]) -> None:
+    """Success after stage 2, seed 0, in 40 contexts of Development: docs/results/metaworld/starts.csv."""
+    path = RESULTS / "metaworld/starts.csv"
+    rows = {int(row["task"]): row for row in read_csv(path)} if path.exists() else {}
+    for task in tasks:
+        words = "--seed", 0, "--task", task
+        start = run_once(RUNS / f"ml45/{task}_0_sft", "scripts/sft.py", "--suite", "metaworld", *words)
+        out = run_once(RUNS / f"ml45/{task}_0_eval", "ript.py", "--eval", "--suite", f"{__file__}:Development",
+                       *words, "--checkpoint", start, "--eval_contexts", 40)
+        outcomes, _ = report.read_outcomes(out / "evaluation_success.json", ript.load_config(out))
+        share = report.interval(sum(outcomes.values()), len(outcomes))
+        rows[task] = dict(task=task, name=tuple(metaworld.EXPERT_STEPS)[task], start=share)
+        print_row(*rows[task].values())
+        write_csv(path, [rows[task] for task in sorted(rows)])
+
+
+COMMANDS = dict(experts=experts, speed=speed, starts=starts)
 
 
 def main(argv=None):
     """One of the commands."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:
+        add_noise_success()
+        return ript.main(argv[1:])
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("name", choices=COMMANDS)
-    COMMANDS[parser.parse_args(argv).name]()
+    parser.add_argument("tasks", nargs="*", type=int)
+    given = parser.parse_args(argv)
+    COMMANDS[given.name](*[given.tasks] if given.name == "starts" else [])
 
 
 if __name__ == "__main__":
