@@ -663,7 +663,7 @@ def load_class(known: dict, base: type, name: str) -> type:
     """The class that a name in known, or FILE.py:Class, stands for. Raises UserError where there is none."""
     path = known.get(name, name)
     file, _, attribute = path.rpartition(":")
-    require(file, f"{name} is none of {', '.join(known | ALIASES)}, FILE.py:Class")
+    require(file, f"{name} is none of {', '.join(known)}, FILE.py:Class")
     place = file.replace(".", "/") + ".py"
     require(name not in known or (HERE / place).exists(), f"{name} is {place} of ript.py's repository, which "
             f"is not beside {HERE}/ript.py: get the whole repository, or give FILE.py:Class")
@@ -685,7 +685,7 @@ def load_suite(name: str) -> type[Suite] | Libero:
     name = ALIASES.get(name, name)
     if name in LIBERO and not (HERE / "simulators/libero.py").exists():
         return Libero(name)  # with robosuite's own control step
-    suite = load_class(SUITES, Suite, name)
+    suite = load_class(SUITES | ALIASES, Suite, name)
     return suite(name) if issubclass(suite, Libero) else suite
 
 def tasks_of(cfg: Config) -> dict[int, str]:

@@ -113,12 +113,14 @@ def what_it_is(run, cfg, contexts) -> list[str]:
 
 
 def write_csv(path, rows):
-    """Dicts as a table, with a column for every key of any."""
+    """Dicts as a table, with a column for every key of any. Of a list, as seconds_waiting is, it has the
+    largest."""
     text = io.StringIO()
     keys = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(text, keys, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        writer.writerow({key: max(cell) if isinstance(cell, list) else cell for key, cell in row.items()})
     with ript.writing(path) as file:
         file.write_text(text.getvalue())
 

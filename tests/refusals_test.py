@@ -16,9 +16,11 @@ import pytest
 import torch
 from torch import nn
 
+from experiments import bandit
 from ript import Episode
 from ript_test import (FILE, TOY, ToyPolicy, ToySuite, assert_close, collected, finished,  # noqa: F401
                        simulators, toy_config, toy_context)
+from simulators import environment
 
 
 WRONG = dict(  # of ppo_clip_loss for 3 episodes of 5 steps: what each would make of other numbers, in silence
@@ -371,6 +373,19 @@ class Dark(ToySuite):
 """)
     assert say("Burning") == "the simulator does not start: ValueError: the kitchen is on fire"
     assert say("Dark").startswith("the simulator does not start (it needs libegl1 and libgl1-mesa-dri on ")
+
+
+def test_missing_meshes_a_device_without_numbers_and_an_unknown_experiment_get_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("libero.libero.get_libero_path", lambda name: tmp_path / name)
+    with pytest.raises(ript.UserError, match="meshes are missing: run libero-download-assets"):
+        environment.check_meshes()
+    (tmp_path / "assets").mkdir()
+    environment.check_meshes()
+    with pytest.raises(ript.UserError, match="cannot use --device meta: .*meta"):
+        ript.check(toy_config(device="meta", out=tmp_path / "new"))
+    monkeypatch.setattr(sys, "argv", ["bandit.py", "rejection"])
+    with pytest.raises(ript.UserError, match="takes no name"):
+        bandit.main()
 
 
 @pytest.mark.parametrize("which", range(3))
