@@ -1134,7 +1134,8 @@ def main(argv: Optional[list[str]] = None):
             if stats["kept"]:
                 stats |= update(policy, optimizer, episodes, cfg, state)  # lines 15-17
             state.iteration = iteration + 1
-            if cfg.eval_every and state.iteration % cfg.eval_every == 0:
+            due = cfg.eval_every and state.iteration % cfg.eval_every == 0
+            if due or state.iteration == cfg.iterations:
                 stats["eval_success"] = evaluate(policy, simulators, contexts, cfg, "RIPT")
             log_iteration(state, stats)
             save_run(out, policy, optimizer, state)

@@ -240,6 +240,7 @@ def main(argv=None):
         ript.require(argv[1:] and argv[1] in ARMS, f"train is of one of {', '.join(ARMS)}")
         return train(argv[1], argv[2:])
     parser = argparse.ArgumentParser(usage=__doc__)
+    parser.error = partial(ript.require, False)
     parser.add_argument("name", nargs="?", default="tabletop", choices=("tabletop", "libero", "steps"))
     parser.add_argument("--seeds", nargs="+", type=int)
     given = parser.parse_args(argv)

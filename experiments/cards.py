@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 import re
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +58,7 @@ def read_printed(path: Path) -> list[dict]:
     rows = [dict(measure=name, batch=int(batch), value=float(value), file=path.name)
             for name, pattern in LINES.items()
             for batch, value in re.findall(rf"^ *{pattern}", text, re.MULTILINE)]
+    ript.require("H100" in text.split("\n")[0], f"{path} is not of an H100, from which the other cards follow")
     missing = LINES.keys() - {row["measure"] for row in rows}
     ript.require(not missing, f"{path} has no line of gpu.py for {', '.join(sorted(missing))}")
     return rows
@@ -106,19 +108,22 @@ def short(number: float) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Print the table and keep it."""
     parser = argparse.ArgumentParser(usage=__doc__)
+    parser.error = partial(ript.require, False)
     parser.add_argument("--read", type=Path)
     given = parser.parse_args(argv)
-    if given.read:
-        write_csv(MEASURED, read_printed(given.read))
+    rows = read_printed(given.read) if given.read else read_csv(MEASURED)
     measured = {}
-    for row in read_csv(MEASURED):
+    for row in rows:
         measured.setdefault(row["measure"], {})[int(row["batch"])] = float(row["value"])
     print_header("card", "GPUs", "micro-batch", "GPU, GiB", "workers", "host, GB", "minutes an iteration",
                  "hours a run")
-    rows = [row_of(card, number, measured) for card in CARDS for number in GPUS]
-    for row in rows:
+    with ript.trying(f"the measurements in {given.read or MEASURED}, of which some are missing", "use"):
+        table = [row_of(card, number, measured) for card in CARDS for number in GPUS]
+    for row in table:
         print_row(*row.values())
-    write_csv(RESULTS / "gpu/cards.csv", rows)
+    if given.read:
+        write_csv(MEASURED, rows)
+    write_csv(RESULTS / "gpu/cards.csv", table)
 
 if __name__ == "__main__":
     ript.run_command(main)

@@ -42,7 +42,7 @@ def memory_gb(out: Path) -> float:
 def add_noise_success() -> None:
     """From now on ript.main's rows in this process have noise_success, too, where they have eval_success: the
     success of the policy in the held-out contexts when it explores there."""
-    evaluate, log_iteration, found = ript.evaluate, ript.log_iteration, {}
+    evaluate, save_run, found = ript.evaluate, ript.save_run, {}
 
     def evaluate_both(policy, simulators, contexts, cfg, name):
         success = evaluate(policy, simulators, contexts, cfg, name)
@@ -55,11 +55,12 @@ def add_noise_success() -> None:
             found["noise_success"] = sum(episode.success for episode in episodes) / len(episodes)
         return success
 
-    def log_both(state, stats):
-        log_iteration(state, stats | found)
+    def save_both(out, policy, optimizer, state):
+        state.history[-1] |= found
         found.clear()
+        save_run(out, policy, optimizer, state)
 
-    ript.evaluate, ript.log_iteration = evaluate_both, log_both
+    ript.evaluate, ript.save_run = evaluate_both, save_both
 
 def ask(simulators: list[ript.Simulator], method: str, arguments: list[tuple]) -> list:
     """The answers of simulators to a method of the suite, which all of them work on at once."""

@@ -27,6 +27,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -663,16 +664,17 @@ def run_row(number, row, bench):
     say(f"{failure}{time.perf_counter() - began:.1f} s")
     return not failure
 
-def main():
+def main(argv=None):
     """Run the rows. The exit status is 1 where one has failed."""
     parser = argparse.ArgumentParser(usage=__doc__)
+    parser.error = partial(ript.require, False)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--rehearsal", action="store_true")
     numbers = range(1, len(ROWS) + 1)
     parser.add_argument("--rows", type=int, nargs="+", default=numbers, choices=numbers)
     parser.add_argument("--scene", default="")
     parser.add_argument("--save_scene", default="")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.save_scene:
         save_scene(options.save_scene)
     on_cpu = options.tiny or options.rehearsal or not torch.cuda.is_available()
@@ -682,10 +684,11 @@ def main():
         rows = {1: build, 2: rehearse}
         memory = Path("/proc/meminfo").read_text().split()
         free = int(memory[memory.index("MemAvailable:") + 1]) / 2 ** 20
-        if free < 20 and not options.tiny:
-            sys.exit(f"gpu.py: the rehearsal needs 20 GiB of free memory, {free:.1f} are free")
-    elif options.device == "cpu" and not options.tiny:
-        sys.exit("gpu.py: there is no GPU; --tiny measures a small policy, --rehearsal is the 7B on a CPU")
+        enough = free >= 20 or options.tiny
+        ript.require(enough, f"the rehearsal needs 20 GiB of free memory, {free:.1f} are free")
+    else:
+        ript.require(options.device == "cuda" or options.tiny, "there is no GPU; --tiny measures a small policy, "
+                     "--rehearsal is the 7B on a CPU")
     print(f"{torch.cuda.get_device_name() if options.device == 'cuda' else 'CPU'}, torch {torch.__version__}")
     if options.tiny:
         torch.set_num_threads(1)  # so little work is forty times slower in two threads, where others run too
@@ -694,4 +697,4 @@ def main():
     sys.exit(0 if all(worked) else 1)
 
 if __name__ == "__main__":
-    main()
+    ript.run_command(main)

@@ -32,7 +32,7 @@ from torch import nn
 
 import ript
 from policies.checkpoints import (check_trained_with, fetch, fill, find_parts, find_shards, read_json,
-                                  weights_of)
+                                  read_origin, weights_of)
 from policies.openvla_oft import OpenVLAOFT
 from ript import reading, require
 
@@ -40,10 +40,7 @@ from ript import reading, require
 def find_base(adapter: Path, checkpoint: str) -> tuple[str, dict]:
     """The base that adapters belong to, as --checkpoint or the run's config.json names it; and what the file
     ript.json beside the adapters says about them, which those of others do not have."""
-    origin = {}
-    if (adapter / "ript.json").exists():
-        with reading(adapter / "ript.json"):
-            origin = read_json(adapter / "ript.json")
+    origin = read_origin(adapter)
     run = adapter.resolve().parent / "config.json"
     if not checkpoint and run.exists():
         with reading(run):
@@ -180,11 +177,16 @@ def main(argv: Optional[list[str]] = None):
     except OSError as error:
         raise ript.UserError(f"cannot write {out}: {error}") from error
     print(f"{out} is {checkpoint} with the adapters and heads of {adapter}: {changed} weights have changed.")
+    mode = origin.get("prefix")
     evaluation = f"python ript.py --model openvla-oft --suite {origin.get('suite', 'SUITE')} --eval"
-    print(f"To evaluate it here: {evaluation} --checkpoint {out}")
-    if origin.get("prefix") == "prompt":
-        print("Its adapters were trained with --attention_mode prompt. openvla-oft's own code has the other "
-              "one, which makes another function of them.")
+    words = " --attention_mode prompt" if mode == "prompt" else ""
+    print(f"To evaluate it here: {evaluation} --checkpoint {out}{words}")
+    if mode is None:
+        print("Its adapters do not say how they were trained. Those that RIPT-VLA's authors have released need "
+              "--attention_mode prompt, too.")
+    if mode != "exact":
+        print("openvla-oft's own code has the attention of --attention_mode exact, which makes another function "
+              "of adapters that were trained with prompt.")
 
 
 if __name__ == "__main__":

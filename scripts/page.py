@@ -97,6 +97,14 @@ def video(path: Path, title: str) -> str:
             f'<figcaption>{html.escape(title)}</figcaption></figure>')
 
 
+def is_current(film: Path, history: list[dict]) -> bool:
+    """Whether there is a film that is newer than the evaluation that it belongs to."""
+    name = "success" if not history else "SFT" if "_before" in film.name else "RIPT"
+    evaluation = film.with_name(f"evaluation_{name}.json")
+    both = film.exists() and evaluation.exists()
+    return both and film.stat().st_mtime_ns >= evaluation.stat().st_mtime_ns
+
+
 def page(run: Path, cfg: ript.Config, lines: list[str], contexts: list[ript.Context],
          evaluations: dict[str, list], history: list[dict], running: bool) -> str:
     """The page of a run.
@@ -122,7 +130,7 @@ def page(run: Path, cfg: ript.Config, lines: list[str], contexts: list[ript.Cont
     for task, text in {context.task: context.instruction for context in contexts}.items():
         for ending, stage in (("_before", "before"), ("", "after" if history else "")):
             path = run / f"task{task}{ending}.mp4"
-            if path.exists():
+            if is_current(path, history):
                 films.append(video(path, f"{text} ({stage})" if stage else text))
     if films:
         parts += ["<h2>The first held-out context of each task</h2>",

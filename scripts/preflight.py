@@ -39,7 +39,7 @@ import ript
 from ript import require
 
 GIB = 2 ** 30
-LIMITS = dict(probe=600, train=7200)  # seconds, after which a part hangs; the first one may download 15 GB
+LIMITS = dict(probe=600, train=7200)  # seconds, after which a part hangs; training may download 15 GB first
 
 
 # --------------------------------------------------------------------- what runs in the processes of torchrun
@@ -105,8 +105,14 @@ def keep_all(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def train(argv: list[str]):
-    """ript.py, which keeps every group."""
-    ript.has_signal = keep_all
+    """ript.py, which keeps every group, and goes on where all rollouts of an iteration have succeeded."""
+    stats_of = ript.rollout_stats
+
+    def unfinished(groups):
+        stats = stats_of(groups)
+        return stats | dict(rollout_success=min(stats["rollout_success"], 1 - 1e-6))
+
+    ript.has_signal, ript.rollout_stats = keep_all, unfinished
     ript.main(argv)
 
 
@@ -239,7 +245,7 @@ def preflight(number: int, words: list[str], logs: Path):
     """Try ript.py with these words in so many processes, in the directory logs."""
     cfg = ript.parse_config(words)
     own = any(word.split("=")[0] == "--workers" for word in words)
-    workers = cfg.workers if own else max(1, cfg.workers // number)
+    workers = cfg.workers if own else max(1, min(16, ript.cores() // number))  # as under torchrun
     # As many rollouts as there are simulators, and a held-out context for every process.
     groups = number * math.ceil(workers / cfg.rollouts)
     contexts = math.ceil(number / len(ript.tasks_of(cfg)))
@@ -262,8 +268,8 @@ def preflight(number: int, words: list[str], logs: Path):
         "--checkpoint", last)
     evaluation = logs / "evaluation"
     part("4 of 4: --eval of what was saved", "train", *small, "--eval", *saved, "--out", evaluation)
-    outcomes = [json.loads(path.read_text()) for path in (run / "evaluation_RIPT.json",
-                                                          evaluation / "evaluation_success.json")]
+    files = run / "evaluation_RIPT.json", evaluation / "evaluation_success.json"
+    outcomes = [json.loads(path.read_text())["outcomes"] for path in files]
     require(outcomes[0].keys() == outcomes[1].keys(), "--eval had other contexts than the run")
     same = sum(outcomes[1][name] == success for name, success in outcomes[0].items())
     print(f"The resumed run went on after its first iteration. What it saved ends in {same} of "
@@ -303,6 +309,7 @@ def main(argv: Optional[list[str]] = None):
     cfg = ript.parse_config(words)
     require(cfg.iterations, "--iterations must be at least 1 for a run to be tried")
     require(cfg.groups % number == 0, f"--groups must be a multiple of the {number} processes")
+    ript.check_out(cfg)  # the small run has a directory of its own
     place = Path(cfg.out).absolute().parent
     began = time.time()
     try:

@@ -159,7 +159,7 @@ def policy_of(run, cfg):
     """The policy that a run ended with, or the one that an evaluation was of."""
     last = run / "last"
     if (last / "adapter_config.json").exists():
-        cfg = replace(cfg, adapter=str(last))
+        cfg = replace(cfg, adapter=str(last), scale_head="")  # it brings both heads
     elif last.exists():
         cfg = replace(cfg, checkpoint=str(last))
     return ript.load_policy(cfg.model).load(cfg)
@@ -295,7 +295,9 @@ class Page:
     def write(self, running):
         """Write it as the run's files are now."""
         history = read_history(self.run)
-        results = read_results(self.run, self.cfg, self.contexts)
+        results = {}
+        if not (running and self.cfg.eval):  # what an evaluation finds of an earlier one is not its own
+            results = read_results(self.run, self.cfg, self.contexts)
         evaluated = [row["iteration"] for row in history if "eval_success" in row]
         titles = dict(SFT="SFT", success="success", RIPT=f"iteration {max(evaluated, default=0)}")
         self.evaluations |= {titles[name]: column for name, column in results.items()}
@@ -313,7 +315,7 @@ def follow(run, its_page, events=None, seconds=2.0):
     while True:
         running = is_running(run)  # before the files are read, so that the last ones are read too
         history = read_history(run)
-        if history != seen:
+        if history != seen or not running:
             its_page.write(running)
             if events:
                 events.add(history)

@@ -38,6 +38,7 @@ EXPERT_STEPS = {
 
 class MetaWorld(Scripted, ript.Suite):
     """What the suites below share. NAME is the suite's, and NAMES are those of its tasks."""
+    NAME = "metaworld"
     MEASURED = ("proprio",)  # its actions are in -1..1 as they are
     STATISTICS = dict(action=dict(q01=[-1.0] * 4, q99=[1.0] * 4, mask=[True] * 4))
     IMITATION = dict(tiny=TINY_IMITATION | dict(demos_per_task=3, sft_steps=600))
@@ -136,7 +137,7 @@ class MetaWorld(Scripted, ript.Suite):
 
 class ML45(MetaWorld):
     """The tasks to train on."""
-    NAME, NAMES = "metaworld", tuple(EXPERT_STEPS)[:45]
+    NAMES = tuple(EXPERT_STEPS)[:45]
 
 
 class ML45Test(MetaWorld):

@@ -67,7 +67,8 @@ def test_an_interrupted_evaluation_goes_on_and_an_interrupted_stage_2_begins_aga
 
 @pytest.mark.parametrize("program,words", [
     (ablations, "nothing"), (ablations, "tabletop nothing"), (ablations, "tabletop --seeds x"),
-    (ablations, "senses nothing"), (critic, "nothing"), (critic, "critic nothing"), (flow, "nothing")])
+    (ablations, "senses nothing"), (critic, "nothing"), (critic, "critic nothing"), (flow, "nothing"),
+    (adapters, "nothing"), (cards, "--nothing"), (gpu, "--nothing"), (gpu, "--rows x")])
 def test_a_name_that_is_no_experiment_gets_a_sentence(program, words):
     assert mistake_of(program, words)
 
@@ -81,6 +82,16 @@ def test_a_curve_is_success_against_the_rollouts_so_far(tmp_path):
     curve = common.curve_of("a", "o-C0", metrics)
     common.plot_curves(tmp_path / "new/curve.png", {common.SUCCESS: [curve], "another": [curve]})
     assert (tmp_path / "new/curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_success_with_noise_is_in_each_row_with_an_evaluation_after_the_first(monkeypatch, tmp_path):
+    for name in ("evaluate", "save_run"):
+        monkeypatch.setattr(ript, name, getattr(ript, name))  # and back again
+    common.add_noise_success()
+    ript.main(arguments(iterations=3, eval_contexts=1, out=tmp_path))
+    rows = rows_without_seconds(tmp_path)
+    assert ["eval_success" in row for row in rows] == [True, False, True, True]
+    assert ["noise_success" in row for row in rows] == [False, False, True, True]
 
 
 # ---------------------------------------------------------------------------------------------- the ablations
@@ -170,6 +181,15 @@ def test_the_table_of_cards_is_computed_from_what_gpu_py_has_printed(tmp_path, m
     (tmp_path / "cut.txt").write_text(printed.read_text()[:3000])
     with pytest.raises(ript.UserError, match="has no line of gpu.py for act, gradient"):
         cards.read_printed(tmp_path / "cut.txt")
+    (tmp_path / "another.txt").write_text(printed.read_text().replace("H100", "L40S"))
+    with pytest.raises(ript.UserError, match="is not of an H100"):
+        cards.read_printed(tmp_path / "another.txt")
+    few = "\n".join(line for line in printed.read_text().splitlines() if "micro_batch 16" not in line)
+    (tmp_path / "few.txt").write_text(few)
+    monkeypatch.setattr(cards, "MEASURED", tmp_path / "measured.csv")
+    with pytest.raises(ript.UserError, match="of which some are missing"):
+        cards.main(["--read", str(tmp_path / "few.txt")])
+    assert not (tmp_path / "measured.csv").exists()
 
 
 @pytest.fixture(scope="module")

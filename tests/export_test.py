@@ -90,7 +90,8 @@ def test_a_run_with_a_bfloat16_base_is_exported_in_bfloat16_and_names_its_base_i
     policy.save(tmp_path / "run/last")
     (tmp_path / "run/config.json").write_text(json.dumps(dict(checkpoint=str(base))))
     export.main([str(tmp_path / "run/last"), "--out", str(tmp_path / "new/out")])
-    assert "--suite libero_10 --eval" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--suite libero_10 --eval" in said and "attention_mode" not in said
     assert all(value.dtype == torch.bfloat16 for value in shards_of(tmp_path / "new/out").values())
     again = OpenVLAOFT.from_pretrained(tmp_path / "new/out", "libero_10")
     with torch.no_grad():
@@ -100,6 +101,22 @@ def test_a_run_with_a_bfloat16_base_is_exported_in_bfloat16_and_names_its_base_i
     # bfloat16 alone is off by 0.007, and the adapters here make a difference of 1.
     assert (ours - g["lora_a_mean"]).abs().mean() < 0.02 and (ours - theirs).abs().mean() < 0.02
     assert (unmerged - theirs).abs().mean() > 0.3
+    headers = tmp_path / "run/last/openvla_headers.pt"
+    changed = torch.load(headers, weights_only=True)
+    next(iter(changed["action_header"].values())).mul_(2)
+    torch.save(changed, headers)
+    assert "openvla_headers.pt" in mistake_of(export, f"{tmp_path}/run/last --out {tmp_path}/new/other")
+
+
+def test_adapters_that_were_trained_with_the_release_attention_say_so_and_others_may_have_been(tmp_path, capsys):
+    words = [f"--out={tmp_path}/out", f"--checkpoint={BASE}"]
+    export.main([str(GOLDEN / LORA), *words])
+    said = capsys.readouterr().out
+    assert "do not say how they were trained" in said and "need --attention_mode prompt" in said
+    adapter = copy_of(LORA, tmp_path / "lora")
+    (adapter / "ript.json").write_text(json.dumps(dict(prefix="prompt", suite="libero_goal")))
+    export.main([str(adapter), f"--out={tmp_path}/other", f"--checkpoint={BASE}"])
+    assert f"libero_goal --eval --checkpoint {tmp_path}/other --attention_mode prompt" in capsys.readouterr().out
 
 
 def test_each_mistake_gets_a_sentence_and_leaves_nothing_behind(oft, tmp_path):

@@ -10,6 +10,8 @@ pytest.importorskip("metaworld", reason="pip install -c requirements.txt metawor
 
 from metaworld.env_dict import ML45_V3
 
+from experiments import ml45
+
 from policies.tiny import Tiny
 from ript import Context
 from scripts import sft
@@ -99,3 +101,17 @@ def test_a_policy_from_scratch_has_four_actions_and_a_gripper_that_is_a_number()
     assert chunk["actions"].shape == (8, 4) and len(set(np.abs(chunk["actions"][:, 3]))) > 1
     # LIBERO's is a sign, as ever.
     assert not Tiny().continuous_gripper()
+
+
+def test_contexts_of_development_are_other_scenes_and_experts_need_no_pictures():
+    task = ML45.NAMES.index("reach")
+    places = []
+    for suite, seed in ((ml45.Development, 3), (ML45, 500_003), (ML45, 3)):
+        simulator = suite(16, True)
+        simulator.reset(Context(task, "", seed))
+        places.append(simulator.env._target_pos.copy())
+    assert (places[0] == places[1]).all() and (places[0] != places[2]).any()
+    demonstration = ml45.Unseen().demonstrate(Context(task, "", 3))
+    assert demonstration.success and demonstration.observations[0] == {}
+    with pytest.raises(ript.UserError, match="invalid choice: 'nothing'"):
+        ml45.main(["nothing"])

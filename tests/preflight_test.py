@@ -14,6 +14,14 @@ TOY = ["--model", f"{ROOT}/ript_test.py:ToyPolicy", "--suite", f"{ROOT}/ript_tes
        "--device", "cpu", "--workers", "1", "--rollouts", "2"]
 
 
+EASY = """
+from ript_test import ToySuite
+class Easy(ToySuite):
+    def success(self):
+        return True
+"""
+
+
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Parts of preflight.py run here in place of torchrun's processes: -> their names and arguments."""
@@ -24,8 +32,9 @@ def in_this_process(monkeypatch):
         getattr(preflight, part)(argv)
         # Each starts with what a new process would have.
         monkeypatch.setattr(ript, "has_signal", has_signal)
+        monkeypatch.setattr(ript, "rollout_stats", rollout_stats)
 
-    has_signal = ript.has_signal
+    has_signal, rollout_stats = ript.has_signal, ript.rollout_stats
     monkeypatch.setattr(preflight, "run_part", run_part)
     return parts
 
@@ -39,7 +48,34 @@ def test_it_tries_a_run_its_resume_and_its_evaluation_and_leaves_nothing(in_this
     assert re.search("Everything that a long run needs works; this took .* minutes", said)
     # The run that it speaks of is the one that was asked for.
     assert "A run of 12 iterations and 4 evaluations" in said and "an evaluation in 100 contexts" in said
+    assert re.search("What it saved ends in [012] of 2 contexts as it did in the run", said)
     assert not list(tmp_path.iterdir())
+
+
+def test_it_goes_on_where_every_rollout_succeeds(in_this_process, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(preflight, "say_sizes", lambda *arguments: None)
+    (tmp_path / "easy.py").write_text(EASY)
+    toy = [*TOY[:3], f"{tmp_path}/easy.py:Easy", *TOY[4:]]
+    preflight.main(["--nproc_per_node", "1", *toy, "--out", str(tmp_path / "runs/run")])
+    said = capsys.readouterr().out
+    assert "iteration 2  success 1 " in said and "2 of 2 contexts as it did" in said
+
+
+def test_it_takes_as_many_simulators_as_the_run_will(monkeypatch, tmp_path):
+    """Of 64 cores, four processes have 16 each, and sixteen have 4."""
+    monkeypatch.setattr(ript, "cores", lambda: 64)
+    taken = []
+
+    def run_part(title, number, part, argv, peaks, logs):
+        taken.append(argv[argv.index("--workers") + 1])
+        raise ript.UserError("enough")
+
+    monkeypatch.setattr(preflight, "run_part", run_part)
+    words = [word for word in TOY if word not in ("--workers", "1")]
+    for number, words in ((4, words), (8, [*words, "--groups", "32"]), (4, TOY)):
+        with pytest.raises(ript.UserError, match="enough"):
+            preflight.main(["--nproc_per_node", str(number), *words, "--out", str(tmp_path / "run")])
+    assert taken == ["16", "8", "1"]
 
 
 def test_a_part_that_fails_gives_its_own_sentence(tmp_path):
@@ -94,7 +130,8 @@ MISTAKES = [("--nproc_per_node 5", "--groups must be a multiple of the 5 process
             ("--resume runs/none", "leave --resume and --eval out"),
             ("--eval", "leave --resume and --eval out"),
             ("--iterations 0", "--iterations must be at least 1"),
-            ("--out {tmp}/file/run", "cannot write into {tmp}/file")]
+            ("--out {tmp}/file/run", "cannot write into {tmp}/file"),
+            ("--out {tmp}", "--out must name a new directory")]
 
 
 def test_each_mistake_gets_a_sentence(tmp_path):

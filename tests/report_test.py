@@ -12,12 +12,13 @@ from html.parser import HTMLParser
 from importlib import metadata
 
 import pytest
+import torch
 from scipy.stats import hypergeom
 
 import ript
 from ript import Context
 from scripts import report
-from tests.conftest import PRETRAINED, TASKS, config, mistake_of
+from tests.conftest import GOLDEN, LORA, PRETRAINED, SCALE, TASKS, config, mistake_of
 
 
 def test_the_table_has_wilson_intervals_per_task_and_the_exact_test_of_pairs():
@@ -54,6 +55,11 @@ def test_a_report_has_the_table_the_curve_and_a_video_of_every_task(run, capsys)
     page = (run / "report.html").read_text()
     embedded = re.findall('src="data:video/mp4;base64,([^"]*)"', page)
     assert {base64.b64decode(data) for data in embedded} == {(run / name).read_bytes() for name in videos}
+    # The run goes on to another evaluation: the old videos of the policy after stage 3 are not of that one.
+    os.utime(run / "evaluation_RIPT.json")
+    report.main([str(run), "--no_video"])
+    embedded = re.findall('src="data:video/mp4;base64,([^"]*)"', (run / "report.html").read_text())
+    assert {base64.b64decode(data) for data in embedded} == {(run / name).read_bytes() for name in videos[2:]}
 
 
 # ----------------------------------------------------------------------------------------- the paper's number
@@ -194,6 +200,42 @@ def test_an_evaluation_without_rows_and_a_run_without_versions_have_a_page(tmp_p
     page = (run / "report.html").read_text()
     assert "<b>an evaluation</b>" in page
     assert '<td style="background: hsl(30 55% 78%)" title="50 of 100">50%</td>' in page
+
+
+def test_a_second_evaluation_is_followed_from_its_start(tmp_path):
+    """Its settings are there, and the outcomes are still the first one's."""
+    run = evaluated(tmp_path / "run", 50, "--eval_contexts", 10)
+    settings = json.loads((run / "config.json").read_text())
+    cfg = replace(ript.load_config(run), adapter="elsewhere")
+    first = dict(outcomes=json.loads((run / "evaluation_success.json").read_text()), policy="", settings=settings)
+    (run / "evaluation_success.json").write_text(json.dumps(first))
+    page = report.Page(run, cfg, ript.evaluation_contexts(cfg))
+    page.write(True)
+    text = (run / "report.html").read_text()
+    assert "an evaluation, still going on" in text and "<table>" not in text
+    with pytest.raises(ript.UserError, match="is of another --adapter than config.json says"):
+        page.write(False)
+
+
+def test_the_page_of_a_run_that_dies_early_says_that_it_has_ended(run):
+    for name in ("metrics.jsonl", "evaluation_SFT.json", "evaluation_RIPT.json"):
+        (run / name).unlink()
+    cfg = ript.load_config(run)
+    page = report.Page(run, cfg, ript.evaluation_contexts(cfg))
+    page.write(True)
+    assert "still going on" in (run / "report.html").read_text()
+    report.follow(run, page)
+    assert "still going on" not in (run / "report.html").read_text()
+
+
+def test_a_7b_run_is_filmed_with_the_heads_that_its_adapters_bring(tmp_path):
+    shutil.copytree(GOLDEN / LORA, tmp_path / "last", copy_function=shutil.copyfile)
+    cfg = config("--model", "openvla-oft", "--suite", "libero_10", "--checkpoint", GOLDEN / "tiny_oft",
+                 "--scale_head", GOLDEN / SCALE, "--device", "cpu")
+    policy = report.policy_of(tmp_path, cfg)
+    header = torch.load(GOLDEN / LORA / "openvla_headers.pt", weights_only=True)["action_header"]
+    head = policy.action_head.state_dict()
+    assert all(torch.equal(head[name.removeprefix("module.")], value.float()) for name, value in header.items())
 
 
 # ------------------------------------------------------------------------------------------------ TensorBoard

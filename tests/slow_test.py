@@ -14,7 +14,7 @@ def test_the_laptop_learns_its_headline(tmp_path):
     assert done.returncode == 0, done.stderr
     won = {}
     for stage in ("SFT", "RIPT"):
-        outcomes = json.loads((tmp_path / f"run/evaluation_{stage}.json").read_text())
+        outcomes = json.loads((tmp_path / f"run/evaluation_{stage}.json").read_text())["outcomes"]
         assert len(outcomes) == 100
         won[stage] = sum(outcomes.values())
     # Three seeds had 15 to 29, and 99 or 100. Another processor has other bits.
