@@ -20,8 +20,7 @@ was drawn from; action steps after success do not count; the K rollouts of a gro
 
 This file imports no other file of its repository: POLICIES, SUITES and log_iteration reach some by name.
 Shapes: B batch, C contexts, K rollouts per context, E episodes, Q queries per episode, N chunks of several
-episodes, H action steps per query, S action steps per episode, A action dimensions, F features.
-"""
+episodes, H action steps per query, S action steps per episode, A action dimensions, F features."""
 import os
 # OpenMP reads it when torch is imported. Threads that wait would take the simulators' cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -45,12 +44,11 @@ import time
 import traceback
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import closing, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, partial
 from importlib import metadata
-from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -78,8 +76,8 @@ LOGGED = "scale", "at_low", "at_high"  # of the action chunks, as means over all
 TRAIN_SEEDS = 10_000_000  # training contexts have seeds from here on, and evaluation has 0, 1, 2, ...
 # What torchrun sets: the number of this process and of all, and the same within its machine.
 LAUNCH = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")  # where nothing is set
-LAUNCHED = [os.environ.get(name, alone) for name, alone in LAUNCH.items()]
-RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = [int(text) if text.isdecimal() else -1 for text in LAUNCHED]
+LAUNCHED = {name: os.environ.get(name, alone) for name, alone in LAUNCH.items()}
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = [int(text) if text.isdecimal() else -1 for text in LAUNCHED.values()]
 
 def cores(quota=Path("/sys/fs/cgroup/cpu.max")) -> int:
     """How many cores a process may use. macOS does not say, and has no limits either."""
@@ -99,10 +97,10 @@ def option(default, text, least=1, choices=None):
 class UserError(ValueError):
     """Invalid input, shown without a traceback: its text is one sentence that says what to do."""
 
-def require(condition: object, message: str):
-    """Raise UserError unless the condition holds."""
+def require(condition: object, message: str, error: type[Exception] = UserError):
+    """Raise an error unless the condition holds."""
     if not condition:
-        raise UserError(message)
+        raise error(message)
 
 @dataclass(frozen=True)
 class Config:
@@ -162,9 +160,8 @@ def parse_config(argv: list[str], settings: type[Config] = Config, stage: str = 
     parser.error = partial(require, False)  # argparse's complaints become UserErrors
     for option in fields(settings):
         parser.add_argument("--" + option.name, **option.metadata["words"])
-    for word in argv:
-        old = word.split("=")[0].removeprefix("--")
-        require(word[:2] != "--" or old not in RENAMED, f"--{old} is called --{RENAMED.get(old)} now")
+    for old, new in RENAMED.items():
+        require(f"--{old}" not in [word.split("=")[0] for word in argv], f"--{old} is called --{new} now")
     given = vars(parser.parse_args(argv))
     saved = vars(load_config(given["resume"], settings)) if given.get("resume") else {}
     chosen = dict(model=settings.model, suite=settings.suite) | saved | given
@@ -198,9 +195,7 @@ def load_config(directory: str | Path, settings: type[Config] = Config) -> Confi
 # --------------------------------------------------------------------------------------- 2. The algorithm
 def leave_one_out_advantage(rewards: torch.Tensor) -> torch.Tensor:
     """A_k = R_k - mean of the other K - 1 rewards of the context (Eq. 5): (C, K) -> (C, K) float.
-
-    Raises ValueError for K < 2, since a single rollout has no baseline, and for another shape.
-    """
+    Raises ValueError for K < 2, since a single rollout has no baseline, and for another shape."""
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (C, K) with K >= 2 rollouts, got {tuple(rewards.shape)}")
     rewards = rewards * 1.0  # bool and int become float
@@ -212,10 +207,8 @@ def has_signal(rewards: torch.Tensor) -> torch.Tensor:
     return (rewards != rewards[:, :1]).any(-1)
 
 def laplace_log_prob(action: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
-    """Log-density of a factorised Laplace, (..., A) each -> (...), summed over A, in float32.
-
-    log p = sum over A of -|action - mean| / b - log(2 b) with b = exp(log_scale), in normalised action units.
-    """
+    """Log-density of a factorised Laplace, (..., A) each -> (...), summed over A, in float32:
+    log p = sum over A of -|action - mean| / b - log(2 b), b = exp(log_scale), in normalised action units."""
     numbers = action.float(), mean.float(), log_scale.float()
     # Where one is not finite, the density is NaN and must not reach a gradient: 0 times NaN would be NaN.
     known = sum(numbers).isfinite().all(-1, keepdim=True)  # ... 1
@@ -225,11 +218,9 @@ def laplace_log_prob(action: torch.Tensor, mean: torch.Tensor, log_scale: torch.
 
 def loss_weight(mask: torch.Tensor, per: str = "episode") -> torch.Tensor:
     """The weight of each action step in the loss: mask (E, S) bool -> (E, S) float.
-
     mask is False where no action ran. per="episode": a mean over each episode's steps, then over episodes, of
     which one without steps counts as 0; so the weights sum to the share of the others. per="token": a mean
-    over all steps, in which long episodes weigh more. Raises ValueError for another per or mask.
-    """
+    over all steps, in which long episodes weigh more. Raises ValueError for another per or mask."""
     if per not in ("episode", "token") or mask.ndim != 2 or mask.dtype != torch.bool:
         raise ValueError(f"mask must be (E, S) bool, got {tuple(mask.shape)} {mask.dtype}; per must be "
                          f"'episode' or 'token', got {per!r}")
@@ -240,18 +231,15 @@ def loss_weight(mask: torch.Tensor, per: str = "episode") -> torch.Tensor:
 def ppo_clip_loss(log_prob: torch.Tensor, old_log_prob: torch.Tensor, advantage: torch.Tensor,
                   weight: torch.Tensor, clip: float | tuple = 0.2) -> tuple[torch.Tensor, dict]:
     """PPO's clipped objective, negated (Eq. 6), with one ratio per action step.
-
     log_prob, old_log_prob (E, S); advantage (E,); weight (E, S) from loss_weight, 0 where no action ran;
     clip: eps, or a pair for [1 - low, 1 + high]. Returns the sum over weighted steps, a scalar, and such sums
     of ratio, clip_frac (where the clip cuts the gradient), outside_clip (where the ratio is out of its range)
-    and approx_kl. Parts of a minibatch add up to its own. Raises ValueError for other shapes or a mask.
-    """
+    and approx_kl. Parts of a minibatch add up to its own. Raises ValueError for other shapes or a mask."""
     shapes = [tuple(x.shape) for x in (log_prob, old_log_prob, weight, advantage)]
     if log_prob.ndim != 2 or shapes != 3 * shapes[:1] + [shapes[0][:1]] or not weight.is_floating_point():
         raise ValueError(f"log_prob, old_log_prob, weight (floats) must be (E, S), advantage (E,): {shapes}")
     low, high = np.broadcast_to(clip, 2)  # ValueError for three
-    # What was not executed may be anything, NaN too, and must not reach the gradient. Beyond the bound, which
-    # keeps the ratio finite, in float16 too, nothing has a gradient.
+    # What did not run may be NaN, and must not reach the gradient. The bound keeps ratios finite in float16.
     bound = min(20, math.log(torch.finfo(log_prob.dtype).max))
     log_ratio = torch.where(weight > 0, log_prob.float() - old_log_prob.float(), 0.0)  # E S
     log_ratio = log_ratio.clamp(-bound, bound)
@@ -282,14 +270,11 @@ async def rollout(simulator: "Simulator", episode: Episode, actor: "Actor", hori
     """Run an episode in a simulator: reset, then act and step until success or the horizon."""
     episode.chunks, episode.num_executed = [], []
     result = await simulator.call("reset", episode.context)
-    left = horizon
-    while left > 0 and not result.success:
+    while sum(episode.num_executed) < horizon and not result.success:
         chunk = await actor.act(result.observation, episode)
-        actions = chunk.pop("actions")[:left]
-        if not np.isfinite(actions).all():
-            raise RuntimeError(f"an action is not finite in {episode}")
+        actions = chunk.pop("actions")[:horizon - sum(episode.num_executed)]
+        require(np.isfinite(actions).all(), f"an action is not finite in {episode}", RuntimeError)
         result = await simulator.call("step", actions)
-        left -= result.num_executed
         episode.chunks.append(chunk)
         episode.num_executed.append(result.num_executed)
     require(result.success in (False, True), f"success must be True or False, got {result.success!r}")
@@ -298,42 +283,35 @@ async def rollout(simulator: "Simulator", episode: Episode, actor: "Actor", hori
 class Actor:
     """Asks the policy for actions. Rollouts that wait at the same time share a forward."""
     def __init__(self, policy: nn.Module, batch: int):
-        self.policy, self.batch = policy, batch  # observations per forward; 0: all that wait
-        self.waiting, self.checked = [], False
+        self.policy, self.batch = policy, batch or sys.maxsize  # observations per forward; 0: all that wait
+        self.waiting, self.turn = [], asyncio.Lock()
+        self.checked = not hasattr(policy, "log_prob")  # which collect does not need
 
     async def act(self, observation, episode: Episode) -> dict:
-        """An episode's next action chunk."""
-        loop = asyncio.get_running_loop()
-        if not self.waiting:
-            loop.call_soon(self.answer, 0)  # after every rollout that can go on by now
-        self.waiting.append((observation, episode, loop.create_future()))
-        return await self.waiting[-1][-1]
-
-    def answer(self, before):
-        """One forward for the rollouts that wait, or the first of them. before: how many waited last time."""
-        loop, size = asyncio.get_running_loop(), self.batch or len(self.waiting)
-        if before < len(self.waiting) < (self.batch or math.inf):
-            # Observations arrive in parts. As long as each millisecond completes more of them, they join.
-            loop.call_later(0.001, self.answer, len(self.waiting))
-            return
-        observations, episodes, futures = zip(*self.waiting[:size])
-        self.waiting = self.waiting[size:]
-        if self.waiting:
-            # The rollouts answered here send their actions before the next forward.
-            loop.call_soon(self.answer, 0)
-        instructions = [episode.context.instruction for episode in episodes]
-        try:
+        """An episode's next action chunk. The first rollout that waits runs the forward for all of them."""
+        answer = asyncio.get_running_loop().create_future()
+        self.waiting.append((observation, episode, answer))
+        async with self.turn:  # in the order of self.waiting: whoever has an answer goes on before a forward
+            if answer.done():
+                return answer.result()
+            await asyncio.sleep(0)  # every rollout that can go on by now does so first
+            seen = 0
+            while seen < len(self.waiting) < self.batch:
+                # Observations arrive in parts. As long as each millisecond completes more, they join.
+                seen = len(self.waiting)
+                await asyncio.sleep(0.001)
+            observations, episodes, answers = zip(*self.waiting[:self.batch])
+            del self.waiting[:self.batch]
+            instructions = [episode.context.instruction for episode in episodes]
             # Seeded per query, so batching does not change the noise.
             generators = [None if e.deterministic else np.random.default_rng((*e.seed_key, len(e.chunks)))
                           for e in episodes]
             chunks = self.policy.act(observations, instructions, generators)
-            if not self.checked and hasattr(self.policy, "log_prob"):  # which collect does not need
+            if not self.checked:
                 self.check(chunks[0])
-        except Exception as error:
-            return futures[0].set_exception(error)  # which ends all rollouts
-        for future, chunk in zip(futures, chunks):
-            if not future.done():  # where another rollout has failed, all are cancelled
+            for future, chunk in zip(answers, chunks):
                 future.set_result(chunk)
+        return answer.result()
 
     def check(self, chunk):
         """Raise UserError unless the first chunk is as it must be: an update would notice it too late."""
@@ -356,21 +334,23 @@ def collect(policy: nn.Module, simulators: "Simulators", context_of: Callable[[i
     context_of(number) is the context of a group; state.group, the next number, advances."""
     began = time.time()
     actor, groups = Actor(policy, cfg.act_batch), []
-    numbers = count(state.group + RANK, WORLD)  # process r of W takes the groups r, r + W, r + 2 W, ...
 
     async def keep_one():
         while len(groups) < (cfg.groups + cfg.max_rejected) // WORLD:
-            group = new_group(next(numbers), context_of, state, cfg)
+            number = state.group + RANK + WORLD * len(groups)  # process r of W takes r, r + W, r + 2 W, ...
+            group = new_group(number, context_of, state, cfg)
             groups.append(group)
             await simulators.run_episodes(rollout, group, actor)
-            if has_signal(rewards_of([group])):
+            signal = has_signal(rewards_of([group])).item()
+            simulators.counts["groups kept" if signal else "rejected"] += 1
+            if signal:
                 break
             for chunk in [chunk for episode in group for chunk in episode.chunks]:
                 chunk.pop("observation", None)  # pictures, which take memory and are not used any more
 
     # Each of the B / K slots draws contexts until its group has signal.
     slots = [keep_one() for _ in range(cfg.groups // WORLD)]
-    simulators.run(slots, groups, f"rollouts of iteration {state.iteration + 1}")
+    asyncio.run(simulators.run(slots, f"rollouts of iteration {state.iteration + 1}"))
     seconds = time.time() - began
     # Every process goes on at the same number, beyond all that any of them has used.
     state.group += WORLD * max(all_gather(len(groups)))
@@ -404,8 +384,7 @@ def compute_old_log_probs(policy: nn.Module, episodes: list[Episode], parts: lis
         for (e, q), row in zip(part, log_prob):
             # Action steps after success did not run. Of tokens all count, since each decides every step.
             counted = tokens or episodes[e].num_executed[q]
-            if not row[:counted].isfinite().all():
-                raise RuntimeError(f"log_prob is not finite in {episodes[e]}")
+            require(row[:counted].isfinite().all(), f"log_prob is not finite in {episodes[e]}", RuntimeError)
             mask[e, q, :counted] = True
             old[e, q] = row
             recorded[e, q] = torch.as_tensor(episodes[e].chunks[q]["log_prob"])
@@ -420,8 +399,7 @@ def update(policy: nn.Module, optimizer, episodes: list[Episode], cfg: Config, s
     steps = max(all_gather(math.ceil(len(episodes) * WORLD / cfg.minibatch)))
     minibatches = np.array_split(rng.permutation(len(episodes)), steps)
     parts = [make_micro_batches(episodes, minibatch, size) for minibatch in minibatches]
-    # In bfloat16 other batches move a log_prob by up to 0.4. So later passes have the same ones in another
-    # order: old and new log_probs are of one function.
+    # Later passes permute the same batches: in bfloat16, others would move a log_prob by up to 0.4.
     order = list(range(steps))
     for _ in range(1, cfg.ppo_epochs):
         order += rng.permutation(steps).tolist()
@@ -431,8 +409,8 @@ def update(policy: nn.Module, optimizer, episodes: list[Episode], cfg: Config, s
     gap = (recorded - old)[mask] if episodes else torch.zeros(1)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     logs = []
-    bar = progress_bar(f"update of iteration {state.iteration + 1}", len(order))
-    for minibatch, its_parts in [(minibatches[i], parts[i]) for i in order]:
+    bar = progress_bar(f"update of iteration {state.iteration + 1}", order)
+    for minibatch, its_parts in ((minibatches[i], parts[i]) for i in bar):
         # The loss is a mean over the episodes, or steps, of all processes: their weights sum to 1.
         counted = mask[minibatch]
         mine = len(minibatch) if cfg.loss_per == "episode" else int(counted.sum())
@@ -449,14 +427,12 @@ def update(policy: nn.Module, optimizer, episodes: list[Episode], cfg: Config, s
         reduce_gradients(parameters)
         log = all_reduce_sum(log)
         log["grad_norm"] = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
-        if not math.isfinite(log["grad_norm"]):
-            raise RuntimeError(f"the gradient is not finite in iteration {state.iteration + 1}")
+        finite = math.isfinite(log["grad_norm"])
+        require(finite, f"the gradient is not finite in iteration {state.iteration + 1}", RuntimeError)
         optimizer.step()
         optimizer.zero_grad()  # now, so that gradients take no memory during the next rollouts
         logs.append(log)
         bar.set_postfix_str(f"clip_frac {log['clip_frac']:.3f}, approx_kl {log['approx_kl']:.5f}", False)
-        bar.update()
-    bar.close()
     means = {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
     return means | dict(updates=len(logs), seconds_update=time.time() - began,
                         ratio_error=max(all_gather((gap.exp() - 1).abs().max().item())),
@@ -481,8 +457,7 @@ class LaplacePolicy(nn.Module):
       preprocess(raw)                         the simulator's arrays -> the observation that an episode stores
       features(observations, instructions)    lists of length B -> (B, H, F), with gradient
       to_env_actions(normalised)              (..., A) in head units -> numpy (..., A) in the environment's
-      save(directory)                         write what load reads; rank 0 alone is asked
-    """
+      save(directory)                         write what load reads; rank 0 alone is asked"""
     # A policy that chooses tokens needs none of this class (policies/quest.py): it has load, preprocess, act,
     # log_prob, parameter_groups and save as they are here, chunk and tokens_per_query.
     PRESET = {}  # settings by suite, which replace the defaults of Config
@@ -554,8 +529,7 @@ class Suite:
       control_step(action)     run one action (A,)
       success()                whether the task is solved now: the reward
       get_observation()        a dict of arrays, for the policy's preprocess
-      demonstrate(context)     where it has an expert for stage 2 (scripts/sft.py): an episode of it
-    """
+      demonstrate(context)     where it has an expert for stage 2 (scripts/sft.py): an episode of it"""
     INSTRUCTIONS = ()  # a text per task
     HORIZON = 0  # control steps that an episode may take, a number or one per task
     PRESET = {}  # settings by model, which replace the defaults of Config and the policy's own
@@ -600,10 +574,9 @@ class Robosuite(Suite):
     def get_observation(self) -> dict:
         """The raw observation, by robosuite's names."""
         # Pictures are drawn once in H control steps, which is five times faster than in each.
-        observation = self.env._get_observations(force_update=True)
-        for camera in self.CAMERAS:
-            observation[f"{camera}_image"] = self.render(camera, self.image_size, self.collision)
-        return observation
+        pictures = {f"{camera}_image": self.render(camera, self.image_size, self.collision)
+                    for camera in self.CAMERAS}
+        return self.env._get_observations(force_update=True) | pictures
 
     def render(self, camera, size, collision):
         """One picture (size, size, 3) uint8, upside down as OpenGL has it."""
@@ -707,8 +680,7 @@ def worker_main(socket_number: int, model: str, suite: str, image_size: int, col
     torch.set_num_threads(1)
     pipe, simulator = Connection(socket_number), None
     with suppress(EOFError, OSError):
-        while True:
-            method, arguments = pipe.recv()
+        for method, arguments in iter(pipe.recv, None):
             try:
                 simulator = simulator or load_suite(suite)(image_size, collision)
                 result = getattr(simulator, method)(*arguments)
@@ -735,7 +707,6 @@ class Simulator:
     def start(self):
         """Start the process, in a session of its own: Ctrl-C is for the trainer alone."""
         self.socket, its = socket.socketpair()
-        self.socket.setblocking(False)  # while an answer arrives, or none does, other rollouts go on
         command = f"import ript; ript.worker_main({its.fileno()}, *{self.settings})"
         variables = os.environ | dict(PYTHONPATH=os.pathsep.join([str(HERE), *sys.path]))
         self.process = subprocess.Popen([sys.executable, "-c", command], env=variables,
@@ -755,26 +726,21 @@ class Simulator:
             self.close()
             self.start()
         self.failed = True
+        message = pickle.dumps((method, arguments))
         try:
-            async with asyncio.timeout(self.PATIENCE):
-                result = await self.exchange(pickle.dumps((method, arguments)))
-        except OSError as error:  # as ConnectionError and TimeoutError are
+            async with asyncio.timeout(self.PATIENCE):  # while an answer arrives, other rollouts go on
+                reader, writer = await asyncio.open_connection(sock=self.socket.dup())
+                with closing(writer):
+                    # The messages of a Connection begin with their length.
+                    writer.write(len(message).to_bytes(4, "big") + message)
+                    size = int.from_bytes(await reader.readexactly(4), "big")
+                    result = pickle.loads(await reader.readexactly(size))
+        except (OSError, EOFError) as error:  # TimeoutError is the one, an answer that breaks off the other
             raise SimulatorError(f"{method}: {type(error).__name__} {error}") from error
         if isinstance(result, SimulatorError):
             raise result
         self.failed = False
         return result
-
-    async def exchange(self, call):
-        """Send a call and receive the answer. The messages of a Connection begin with their length."""
-        loop, data = asyncio.get_running_loop(), bytearray()
-        await loop.sock_sendall(self.socket, len(call).to_bytes(4, "big") + call)
-        while len(data) < 4 or len(data) < 4 + int.from_bytes(data[:4], "big"):
-            part = await loop.sock_recv(self.socket, 2 ** 20)
-            if not part:
-                raise ConnectionError("the process is dead")
-            data += part
-        return pickle.loads(data[4:])
 
 class Simulators:
     """The simulators of this process, and the episodes that wait for one."""
@@ -784,63 +750,50 @@ class Simulators:
         self.suite = load_suite(cfg.suite)
         self.all = [Simulator(cfg) for _ in range(cfg.workers)]
 
-    def run(self, coroutines, groups: list[list[Episode]], title: str):
-        """Run coroutines, which await run_episodes, to their ends. A bar counts the groups' episodes."""
-        async def together():
-            await asyncio.gather(*coroutines)
-
-        self.idle, self.waiting = list(self.all), []  # waiting: a task and a Future for each
-        self.groups, self.bar = groups, progress_bar(title)
+    async def run(self, coroutines, title: str):
+        """Run coroutines, which await run_episodes, to their ends. A bar counts episodes and outcomes."""
+        self.idle, self.waiting = list(self.all), {}  # waiting: Futures of a simulator, each with a task
+        self.counts = Counter(succeeded=0)  # what the bar shows beside the episodes
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # for the policy: the simulators need the other cores
         try:
-            asyncio.run(together())
+            with progress_bar(title, ()) as self.bar:
+                await asyncio.gather(*coroutines)
         finally:
             torch.set_num_threads(threads)
-            self.bar.close()
 
     async def run_episodes(self, rollout, episodes: list[Episode], *arguments):
         """Await rollout(simulator, episode, *arguments, horizon) for each episode."""
+        self.bar.total += len(episodes)
         await asyncio.gather(*(self.run_episode(rollout, episode, *arguments) for episode in episodes))
 
     async def run_episode(self, rollout, episode: Episode, *arguments):
         """The same for one. If its simulator fails, it begins again in a new process."""
         # A rollout depends on its context and its seeds alone, so its result does not change.
         task, turn = episode.context.task, asyncio.get_running_loop().create_future()
-        self.waiting.append((task, turn))
+        self.waiting[turn] = task
         self.match()
         simulator = await turn
-        for _ in range(self.TRIES):
+        for left in reversed(range(self.TRIES)):
             try:
                 await rollout(simulator, episode, *arguments, horizon_of(self.suite, task))
                 break
             except SimulatorError as error:
-                failure = error
-        else:
-            raise RuntimeError(f"the simulator failed {self.TRIES} times at {episode}") from failure
+                if not left:
+                    raise RuntimeError(f"the simulator failed {self.TRIES} times at {episode}") from error
         self.idle.append(simulator)
         self.match()
-        self.show_progress()
-
-    def show_progress(self):
-        """Count an episode that has ended, of those that have begun, and say how groups came out."""
-        outcomes = [[episode.success for episode in group] for group in self.groups]
-        signal = [has_signal(torch.tensor([group])).item() for group in outcomes if None not in group]
-        text = f"{sum(group.count(True) for group in outcomes)} succeeded"
-        if len(outcomes) > 1:
-            text += f", {sum(signal)} groups kept, {len(signal) - sum(signal)} rejected"
-        self.bar.total = sum(map(len, outcomes))
-        self.bar.set_postfix_str(text, False)
+        self.counts["succeeded"] += episode.success
+        self.bar.set_postfix(self.counts, refresh=False)
         self.bar.update()
 
     def match(self):
         """Give free simulators to episodes that wait, to those first whose environment they have."""
         while self.idle and self.waiting:
-            pairs = ((s, w) for s in self.idle for w in self.waiting if s.task == w[0])
-            simulator, (task, turn) = next(pairs, (self.idle[0], self.waiting[0]))
+            pairs = ((s, turn) for s in self.idle for turn, task in self.waiting.items() if s.task == task)
+            simulator, turn = next(pairs, (self.idle[0], next(iter(self.waiting))))
             self.idle.remove(simulator)
-            self.waiting.remove((task, turn))
-            simulator.task = task
+            simulator.task = self.waiting.pop(turn)
             turn.set_result(simulator)
 
 @contextmanager
@@ -862,10 +815,8 @@ def open_simulators(cfg: Config):
 # ---------------------------------------------------------------------- 5. Ranks, evaluation, files and main
 def init_distributed(device: str):
     """Make the processes that torchrun started one group: NCCL on GPUs, gloo on CPUs."""
-    names = *LAUNCH, "MASTER_ADDR", "MASTER_PORT"
-    said = {name: os.environ[name] for name in names if name in os.environ}
     fits = 0 <= RANK < WORLD and 0 <= LOCAL_RANK < LOCAL_WORLD <= WORLD
-    require(fits and (WORLD == 1 or "MASTER_PORT" in said), f"the environment has {said}, which "
+    require(fits and (WORLD == 1 or "MASTER_PORT" in os.environ), f"the environment has {LAUNCHED}, which "
             "torchrun would set otherwise: start processes with torchrun, or one without these variables")
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
@@ -900,13 +851,13 @@ def reduce_gradients(parameters: list[nn.Parameter]):
         distributed.all_reduce(flat)
         nn.utils.vector_to_parameters(flat, gradients)
 
-def progress_bar(title: str, total: Optional[int] = None):
+def progress_bar(title: str, items: Iterable):
     """tqdm's bar on a terminal, and elsewhere a line a minute. Rank 0 speaks."""
     from tqdm import tqdm
     tqdm.monitor_interval = 0  # its monitor would be a thread
     line = dict(bar_format="{desc}: {n} of {total}{postfix}\n", mininterval=60, delay=60, leave=True)
     kind = dict(leave=False) if sys.stderr.isatty() else line
-    return tqdm(desc=title, total=total, miniters=1, disable=RANK > 0, **kind)
+    return tqdm(items, title, miniters=1, disable=RANK > 0, **kind)
 
 def rollout_stats(groups: list[list[Episode]]) -> dict:
     """Statistics of an iteration's groups over all processes."""
@@ -943,7 +894,7 @@ def evaluate(policy: nn.Module, simulators: Simulators, contexts: list[Context],
     """Act with the mean in every context: -> the share of successes. Writes evaluation_NAME.json."""
     episodes = [Episode(context, deterministic=True) for context in contexts[RANK::WORLD]]
     rollouts = simulators.run_episodes(rollout, episodes, Actor(policy, cfg.act_batch))
-    simulators.run([rollouts], [episodes], f"evaluation {name}")
+    asyncio.run(simulators.run([rollouts], f"evaluation {name}"))
     acted = any(episode.chunks for episode in episodes) or not episodes
     require(acted, f"every held-out context of {cfg.suite} is solved at its reset")
     mine = {f"{cfg.suite} {e.context.task} {e.context.seed}": int(e.success) for e in episodes}
@@ -970,15 +921,19 @@ reading = trying  # with a path alone: "cannot read PATH: ..."
 
 @contextmanager
 def writing(path: Path):
-    """Give a temporary path to write to, and rename it at the end: a file is written whole or not at all."""
-    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    """Give a temporary path to write a file or a directory to, and move it to path at the end: it is written
+    whole or not at all."""
+    folder = path.with_name(f"{path.name}.tmp")
     with trying(path, "write"):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            os.replace(temporary, path)
+            shutil.rmtree(folder, ignore_errors=True)  # what a run that was killed has left
+            folder.mkdir(parents=True)
+            yield folder / path.name
+            if path.is_dir():
+                path.rename(folder / "old")
+            os.replace(folder / path.name, path)
         finally:
-            temporary.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 def lock_run_dir(out: Path):
     """Keep the directory of a run from other runs, for as long as the file that this returns is open."""
@@ -1008,16 +963,6 @@ def log_iteration(state: TrainState, stats: dict):
     if (HERE / "scripts/symptoms.py").exists():
         pkgutil.resolve_name("scripts.symptoms:print_new")(state.history)
 
-def save_policy(policy: nn.Module, directory: Path):
-    """Write a policy's directory, whose files appear together."""
-    folder = directory.with_name(f"{directory.name}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)  # what a run that was killed has left
-    policy.save(folder / "new")
-    if directory.exists():
-        directory.rename(folder / "old")
-    (folder / "new").rename(directory)
-    shutil.rmtree(folder)
-
 def fingerprint(policy: nn.Module, trained: bool = True) -> str:
     """What tells a policy from others or, without what trains, its base: names, shapes and up to 2 ** 15
     numbers of each tensor, and policy.constants, where it has any: what else its actions depend on."""
@@ -1033,7 +978,8 @@ def save_run(out: Path, policy: nn.Module, optimizer, state: TrainState):
     """Write last/, metrics.jsonl and, for --resume, run.pt."""
     if RANK > 0:
         return
-    save_policy(policy, out / "last")
+    with writing(out / "last") as folder:
+        policy.save(folder)
     with writing(out / "metrics.jsonl") as file:
         file.write_text("".join(json.dumps(row) + "\n" for row in state.history))
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
@@ -1107,9 +1053,8 @@ def main(argv: Optional[list[str]] = None):
                                       fused=cfg.device != "cpu")
         rates = [group["lr"] for group in optimizer.param_groups]  # cfg.lr, where a group has none of its own
         contexts = evaluation_contexts(cfg)
-        state = TrainState()
-        if cfg.resume and (out / "run.pt").exists():  # a run that was stopped before that begins again
-            state = load_run(out / "run.pt", policy, optimizer)
+        begun = cfg.resume and (out / "run.pt").exists()  # a run that was stopped before that begins again
+        state = load_run(out / "run.pt", policy, optimizer) if begun else TrainState()
         if RANK == 0:
             with writing(out / "config.json") as file:
                 file.write_text(json.dumps(asdict(cfg), indent=1))

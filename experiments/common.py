@@ -51,7 +51,7 @@ def add_noise_success() -> None:
             episodes = [ript.Episode(context, number, (cfg.seed, 10 ** 6, number, 0))
                         for number, context in enumerate(contexts)]
             rollouts = simulators.run_episodes(ript.rollout, episodes, ript.Actor(policy, cfg.act_batch))
-            simulators.run([rollouts], [episodes], f"evaluation {name} with noise")
+            asyncio.run(simulators.run([rollouts], f"evaluation {name} with noise"))
             found["noise_success"] = sum(episode.success for episode in episodes) / len(episodes)
         return success
 

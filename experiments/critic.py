@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import asyncio
 import json
 import math
 import time
@@ -122,7 +123,7 @@ def collect(policy, simulators, context_of, state, cfg):
     state.group += cfg.groups
     episodes = [episode for group in groups for episode in group]
     rollouts = simulators.run_episodes(ript.rollout, episodes, ript.Actor(policy, cfg.act_batch))
-    simulators.run([rollouts], groups, f"rollouts of iteration {state.iteration + 1}")
+    asyncio.run(simulators.run([rollouts], f"rollouts of iteration {state.iteration + 1}"))
     return episodes, ript.rollout_stats(groups) | dict(seconds_rollouts=time.time() - began)
 
 def update(policy, optimizer, episodes, cfg, state):

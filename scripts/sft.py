@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import asyncio
 import math
 import shlex
 from collections.abc import Callable
@@ -83,7 +84,7 @@ def scripted_demonstrations(simulators, cfg):
                 break
             context = replace(context, seed=context.seed + 1000)  # another scene takes its place
 
-    simulators.run(map(demonstrate, range(len(contexts))), attempts, "demonstrations")
+    asyncio.run(simulators.run(map(demonstrate, range(len(contexts))), "demonstrations"))
     print(f"scripted expert: success in {len(found)} of {len(attempts)} attempts", flush=True)
     demos = []
     for number in sorted(found):
@@ -131,7 +132,7 @@ async def render_state(simulator, episode, horizon):
 def rendered(simulators, context):
     """The raw observation of a state of a demonstration, drawn as rollouts will show it."""
     episode = ript.Episode(context)
-    simulators.run([simulators.run_episodes(render_state, [episode])], [[episode]], "drawing")
+    asyncio.run(simulators.run([simulators.run_episodes(render_state, [episode])], "drawing"))
     return episode.chunks[0]
 
 

@@ -275,18 +275,22 @@ def test_a_policy_appears_with_all_of_its_files_or_stays_as_it_was(tmp_path):
                 if self.fails:
                     raise OSError("No space left on device")
 
+    def save(policy):
+        with ript.writing(tmp_path / "last") as folder:
+            policy.save(folder)
+
     def seen():
         return {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*")
                 if path.is_file()}
 
     for text in ("first", "second"):
-        ript.save_policy(TwoFiles(text), tmp_path / "last")
+        save(TwoFiles(text))
         assert seen() == {"last/head": text, "last/adapter": text}
-    with pytest.raises(OSError, match="No space left"):  # of which run_command makes a sentence
-        ript.save_policy(TwoFiles("third", fails=True), tmp_path / "last")
+    with pytest.raises(ript.UserError, match="cannot write .*last: .*No space left"):
+        save(TwoFiles("third", fails=True))
     assert {name: text for name, text in seen().items() if name.startswith("last/")} == {
         "last/head": "second", "last/adapter": "second"}
-    ript.save_policy(TwoFiles("fourth"), tmp_path / "last")  # what the failure has left is in nobody's way
+    save(TwoFiles("fourth"))  # what the failure has left is in nobody's way
     assert seen() == {"last/head": "fourth", "last/adapter": "fourth"}
 
 
