@@ -19,8 +19,8 @@ was drawn from; action steps after success do not count; the K rollouts of a gro
     torchrun --standalone --nproc_per_node 4 ript.py --model openvla-oft --suite libero_long   the 7B, 4 GPUs
 
 This file imports no other file of its repository: POLICIES, SUITES and log_iteration reach some by name.
-Shapes: B batch, C contexts, K rollouts per context, E episodes, Q queries per episode, N chunks of several
-episodes, H action steps per query, S action steps per episode, A action dimensions, F features."""
+Shapes, with other B and N than above: B batch, C contexts, K rollouts per context, E episodes, Q queries per
+episode, N chunks, H action steps per query, S action steps per episode, A action dimensions, F features."""
 import os
 # OpenMP reads it when torch is imported. Threads that wait would take the simulators' cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -115,7 +115,7 @@ class Config:
     out: str = option("", "directory of the run; without it one in runs/, named after policy and suite")
     resume: str = option("", "directory of a run to continue after its last complete iteration")
     eval: bool = option(False, "evaluate the policy and stop")
-    demos: str = option("", "directory of LIBERO's HDF5 demonstrations, whose first states become D_context")
+    demos: str = option("", "directory of LIBERO's HDF5 demonstrations, whose first states are the contexts")
     seed: int = option(0, "seed of adapters, contexts, exploration and minibatches", least=0)
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "torch device of the policy")
     # The algorithm. The defaults are the paper's for OpenVLA-OFT, with the released learning rate.
@@ -138,7 +138,7 @@ class Config:
     workers: int = option(max(1, min(16, cores())), "simulators of each process")
     image_size: int = option(256, "height and width of the two pictures, pixels", least=16)
     collision: bool = option(False, "draw collision meshes, which takes a tenth of the time without a GPU")
-    act_batch: int = option(0, "observations per forward; 0: all that wait; 1: one function for all", least=0)
+    act_batch: int = option(0, "observations per forward; 0: all that wait; 1: each by itself", least=0)
     control_step: str = option("", "the control step that the suite must have, fast or robosuite")
 
     def __post_init__(self):
@@ -177,7 +177,7 @@ def parse_config(argv: list[str], settings: type[Config] = Config, stage: str = 
     cfg = settings(**usual | preset | chosen | dict(suite=suite))
     for name, value in saved.items():
         same = name in CHANGEABLE or getattr(cfg, name) == value
-        require(same, f"--resume goes on with the run's own settings, of which --{name} is {value}")
+        require(same, f"--resume keeps the run's settings, and its --{name} is {value}")
     require(cfg.control_step == control_step, f"--control_step is {cfg.control_step}, but here {suite} has "
             f"{control_step}: simulators/libero.py beside ript.py has the fast one")
     return replace(cfg, out=cfg.resume or cfg.out)
@@ -291,7 +291,7 @@ class Actor:
         """An episode's next action chunk. The first rollout that waits runs the forward for all of them."""
         answer = asyncio.get_running_loop().create_future()
         self.waiting.append((observation, episode, answer))
-        async with self.turn:  # in the order of self.waiting: whoever has an answer goes on before a forward
+        async with self.turn:  # in the order of self.waiting; rollouts that have their answer go on first
             if answer.done():
                 return answer.result()
             await asyncio.sleep(0)  # every rollout that can go on by now does so first
@@ -322,11 +322,11 @@ class Actor:
             log_prob = policy.log_prob([chunk])
             wanted = policy.chunk, (T,), (1, T)
             found = len(chunk["actions"]), np.shape(chunk["log_prob"]), tuple(log_prob.shape)
-            require(found == wanted, "the number of actions and the shapes of log_prob in and of a chunk are "
+            require(found == wanted, "actions, chunk['log_prob'] and log_prob([chunk]) have the sizes "
                     f"{found}, they must be {wanted}")
             learns = log_prob.requires_grad or not any(p.requires_grad for p in policy.parameters())
             finite = math.isfinite(sum(float(chunk.get(name, 0)) for name in LOGGED))
-            require(learns and finite, f"log_prob needs a gradient, and {', '.join(LOGGED)} are numbers")
+            require(learns and finite, f"log_prob needs a gradient, {', '.join(LOGGED)} must be numbers")
 
 def collect(policy: nn.Module, simulators: "Simulators", context_of: Callable[[int], "Context"],
             state: "TrainState", cfg: Config) -> tuple[list[Episode], dict]:
@@ -399,7 +399,7 @@ def update(policy: nn.Module, optimizer, episodes: list[Episode], cfg: Config, s
     steps = max(all_gather(math.ceil(len(episodes) * WORLD / cfg.minibatch)))
     minibatches = np.array_split(rng.permutation(len(episodes)), steps)
     parts = [make_micro_batches(episodes, minibatch, size) for minibatch in minibatches]
-    # Later passes permute the same batches: in bfloat16, others would move a log_prob by up to 0.4.
+    # Later passes permute the same batches: in bfloat16, others change a log_prob by 0.4 (std).
     order = list(range(steps))
     for _ in range(1, cfg.ppo_epochs):
         order += rng.permutation(steps).tolist()
@@ -584,7 +584,7 @@ class Robosuite(Suite):
         return self.env.sim.render(camera_name=camera, width=size, height=size)
 
 class Libero(Robosuite):
-    """A suite of LIBERO by its name; called with settings of the pictures, one that simulates."""
+    """A suite of LIBERO by name. Called with picture settings, it makes one that simulates."""
     NAME = ""  # in classes that derive from it: the suite of LIBERO that they are made of
 
     def __init__(self, name="", image_size=256, collision=False):
@@ -636,7 +636,7 @@ def load_class(known: dict, base: type, name: str) -> type:
     """The class that a name in known, or FILE.py:Class, stands for. Raises UserError where there is none."""
     path = known.get(name, name)
     file, _, attribute = path.rpartition(":")
-    require(file, f"{name} is none of {', '.join(known)}, FILE.py:Class")
+    require(file, f"{name}: use FILE.py:Class or {', '.join(known)}")
     place = file.replace(".", "/") + ".py"
     require(name not in known or (HERE / place).exists(), f"{name} is {place} of ript.py's repository, which "
             f"is not beside {HERE}/ript.py: get the whole repository, or give FILE.py:Class")
@@ -964,8 +964,8 @@ def log_iteration(state: TrainState, stats: dict):
         pkgutil.resolve_name("scripts.symptoms:print_new")(state.history)
 
 def fingerprint(policy: nn.Module, trained: bool = True) -> str:
-    """What tells a policy from others or, without what trains, its base: names, shapes and up to 2 ** 15
-    numbers of each tensor, and policy.constants, where it has any: what else its actions depend on."""
+    """A hash of a policy or, if not trained, of its frozen base: names, shapes and up to 2 ** 15 numbers of
+    each tensor, and policy.constants, where it has any: what else its actions depend on."""
     found = [getattr(policy, "constants", None)]
     for name, p in policy.state_dict(keep_vars=True).items():
         if trained or not p.requires_grad:
@@ -994,7 +994,7 @@ def load_run(path: Path, policy: nn.Module, optimizer) -> TrainState:
         same = saved.pop("base", None) in (None, fingerprint(policy, False))  # None: of an earlier version
         require(same, f"cannot read {path}: it was trained on another base, which has changed since")
         wrong = saved["policy"].keys() ^ {name for name, p in policy.named_parameters() if p.requires_grad}
-        require(not wrong, f"cannot read {path}: it has not what the policy trains, as {sorted(wrong)[:1]}")
+        require(not wrong, f"cannot read {path}: the policy trains other weights, as {sorted(wrong)[:1]}")
         policy.load_state_dict(saved.pop("policy"), strict=False)
         optimizer.load_state_dict(saved.pop("optimizer"))
         return TrainState(**{option.name: saved[option.name] for option in fields(TrainState)})

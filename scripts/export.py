@@ -1,6 +1,6 @@
 """A 7B run's last/ as an OpenVLA-OFT directory, for evaluators that know nothing of adapters.
 
-    python scripts/export.py runs/OpenVLAOFT_libero_10/last --out DIR
+    python scripts/export.py runs/openvla-oft_libero_10/last --out DIR
     python scripts/export.py OWNER/NAME/FOLDER --out DIR --checkpoint BASE    adapters of others
 
 The base is the one that the run's config.json names, or --checkpoint, a directory or hub id. What is written:

@@ -1,4 +1,4 @@
-"""Before ten hours on four GPUs, five minutes: everything that a long run needs, once and in small.
+"""Try everything that a long run needs, once and in small, in a few minutes before it starts.
 
     python scripts/preflight.py --nproc_per_node 4 --model openvla-oft --suite libero_long
 
@@ -229,7 +229,7 @@ def say_sizes(run: Path, peaks: Peaks, rows: list[dict]):
     """What the small run took, and what is free."""
     sizes = [path.stat().st_size for path in run.rglob("*") if path.is_file()]
     free = shutil.disk_usage(run).free
-    require(free > max(sizes), f"the disk has {free / 1e9:.2f} GB left, too few to save a run again")
+    require(free > max(sizes), f"the disk has {free / 1e9:.2f} GB left, too little to save a run again")
     print(f"Disk: a run takes {sum(sizes) / 1e9:.2f} GB, however long it is, and {free / 1e9:.1f} are free.")
     memory = psutil.virtual_memory().total / GIB
     print(f"Host memory: at most {peaks.simulator:.2f} GiB for a simulator, {peaks.policy:.2f} for a process "

@@ -67,7 +67,7 @@ MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared bel
     ("--suite {tmp}/suite.py:Kitchen", "{tmp}/suite.py:Kitchen is no subclass of Suite"),
     ("--suite {tmp}/suite.py:here", "{tmp}/suite.py:here is no subclass of Suite"),
     ("--suite {tmp}/half.py:Suite", "cannot read {tmp}/half.py: SyntaxError"),
-    ("--model gpt", "none of tiny, openvla-oft, quest"),
+    ("--model gpt", "gpt: use FILE.py:Class or tiny, openvla-oft, quest, pi0"),
     ("--model openvla-oft --suite libero_90", "--model openvla-oft is not made for --suite libero_90"),
     ("--lr fast", "--lr"),
     ("--rollouts 1", "--rollouts must be at least 2"),
@@ -178,13 +178,13 @@ def test_a_mistake_leaves_one_line_and_status_2_at_the_command_line(program):
 
 
 IDENTITY = [  # what would make another run of one that is there
-    ("--resume {run} --eval", "of which --eval is False"),
-    ("--resume {run} --task 1", "of which --task is -1"),
-    ("--resume {run} --seed 3", "of which --seed is 0"),
-    ("--resume {run} --suite tabletop_pretrain", "of which --suite is tabletop"),
-    ("--resume {run} --eval_contexts 1", "of which --eval_contexts is 2"),
-    ("--resume {run} --out elsewhere", "of which --out is"),
-    ("--resume {run} --checkpoint {run}/last", "of which --checkpoint is"),
+    ("--resume {run} --eval", "its --eval is False"),
+    ("--resume {run} --task 1", "its --task is -1"),
+    ("--resume {run} --seed 3", "its --seed is 0"),
+    ("--resume {run} --suite tabletop_pretrain", "its --suite is tabletop"),
+    ("--resume {run} --eval_contexts 1", "its --eval_contexts is 2"),
+    ("--resume {run} --out elsewhere", "its --out is"),
+    ("--resume {run} --checkpoint {run}/last", "its --checkpoint is"),
     ("--out {run}", "has a run: go on with --resume"),
     ("--out {run} --eval", "has a run: go on with --resume")]
 

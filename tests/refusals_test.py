@@ -244,7 +244,7 @@ def test_a_run_and_its_policy_train_the_same(finished, tmp_path, wrong):
                            other={"head.weight": weight})[wrong]
     torch.save(saved, tmp_path / "run.pt")
     policy = ToyPolicy()
-    with pytest.raises(ript.UserError, match="cannot read .*run.pt: it has not what the policy trains, as "):
+    with pytest.raises(ript.UserError, match="cannot read .*run.pt: the policy trains other weights, as "):
         ript.load_run(tmp_path / "run.pt", policy, torch.optim.AdamW(policy.parameter_groups()))
     assert (policy.action_head.weight == 0).all()
 
