@@ -70,7 +70,7 @@ fi
 if [ "${1:-}" = test ]; then
     shift
     cd "$here"
-    tests=(ript_test.py tests)
+    tests=(-n 2 --dist loadfile ript_test.py tests)  # two files at a time
     echo "running the tests: python -m pytest -q ${tests[*]} $*"
     exec python -m pytest -q "${tests[@]}" "$@"
 fi
