@@ -35,15 +35,6 @@ class FastLibero(FastStep, Painted, ript.Libero):
         super().make_env(task)
         if self.env is not before:
             self.paint()
-            self.draw_plainly()
-
-    def draw_plainly(self):
-        """Draw collision meshes without multisampling, in a third of the time. Their pictures are ours."""
-        if not self.collision:
-            return
-        self.env.sim.model._model.vis.quality.offsamples = 0
-        context = self.env.sim._render_context_offscreen
-        context.update_offscreen_size(256, 256)  # the buffer is made anew, and a film's pictures fit
 
     def demo_file(self, folder: str, task: int) -> Path:
         """The file of a task among LIBERO's HDF5 demonstrations."""

@@ -81,22 +81,6 @@ def test_the_suites_horizons_are_those_of_the_longest_demonstrations():
     assert [len(load_suite(name).INSTRUCTIONS) for name in names] == [10, 10, 10, 10, 90]
 
 
-def test_pictures_of_collision_meshes_are_drawn_without_multisampling_and_the_benchmarks_with_it():
-    libero_or_skip()
-    context = Context(0, "", 3)
-    simulator, benchmark = (load_suite("libero_object")(64, collision) for collision in (True, False))
-    benchmark.reset(context)
-    assert benchmark.env.sim.model._model.vis.quality.offsamples == 4
-    simulator.reset(context)
-    plain = simulator.get_observation()["agentview_image"].astype(float)
-    simulator.env.sim.model._model.vis.quality.offsamples = 4
-    simulator.env.sim._render_context_offscreen.update_offscreen_size(300, 300)
-    smooth = simulator.get_observation()["agentview_image"]
-    assert 0 < np.abs(plain - smooth).mean() < 4 < plain.std()  # the same but at the edges
-    for one in (simulator, benchmark):
-        one.env.close()
-
-
 def test_the_expert_of_libero_object_puts_a_tall_thing_into_the_basket():
     libero_or_skip()
     # Ketchup: the palm would rest on it, were it grasped in the middle.
