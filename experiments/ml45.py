@@ -5,8 +5,7 @@
     python experiments/ml45.py starts 2 14    these tasks after stage 2, in contexts of development
     python experiments/ml45.py train ARGUMENTS    ript.py with these, and with noise_success in its rows
 
-experiments/ablations.py has the runs of RIPT: those with Development's contexts, in which settings were chosen,
-and then those with the held-out ones.
+Settings are chosen in Development's contexts, so that the held-out ones stay unseen.
 """
 import sys
 from pathlib import Path
