@@ -76,8 +76,8 @@ LOGGED = "scale", "at_low", "at_high"  # of the action chunks, as means over all
 TRAIN_SEEDS = 10_000_000  # training contexts have seeds from here on, and evaluation has 0, 1, 2, ...
 # What torchrun sets: the number of this process and of all, and the same within its machine.
 LAUNCH = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")  # where nothing is set
-LAUNCHED = {name: os.environ.get(name, alone) for name, alone in LAUNCH.items()}
-RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = [int(text) if text.isdecimal() else -1 for text in LAUNCHED.values()]
+LAUNCHED = [os.environ.get(name, alone) for name, alone in LAUNCH.items()]
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = [int(text) if text.isdecimal() else -1 for text in LAUNCHED]
 
 def cores(quota=Path("/sys/fs/cgroup/cpu.max")) -> int:
     """How many cores a process may use. macOS does not say, and has no limits either."""
@@ -284,34 +284,37 @@ class Actor:
     """Asks the policy for actions. Rollouts that wait at the same time share a forward."""
     def __init__(self, policy: nn.Module, batch: int):
         self.policy, self.batch = policy, batch or sys.maxsize  # observations per forward; 0: all that wait
-        self.waiting, self.turn = [], asyncio.Lock()
+        self.waiting = []  # an observation, its episode and a Future for each rollout
         self.checked = not hasattr(policy, "log_prob")  # which collect does not need
 
     async def act(self, observation, episode: Episode) -> dict:
         """An episode's next action chunk. The first rollout that waits runs the forward for all of them."""
-        answer = asyncio.get_running_loop().create_future()
-        self.waiting.append((observation, episode, answer))
-        async with self.turn:  # in the order of self.waiting; rollouts that have their answer go on first
-            if answer.done():
-                return answer.result()
-            await asyncio.sleep(0)  # every rollout that can go on by now does so first
-            seen = 0
-            while seen < len(self.waiting) < self.batch:
-                # Observations arrive in parts. As long as each millisecond completes more, they join.
-                seen = len(self.waiting)
-                await asyncio.sleep(0.001)
-            observations, episodes, answers = zip(*self.waiting[:self.batch])
-            del self.waiting[:self.batch]
-            instructions = [episode.context.instruction for episode in episodes]
-            # Seeded per query, so batching does not change the noise.
-            generators = [None if e.deterministic else np.random.default_rng((*e.seed_key, len(e.chunks)))
-                          for e in episodes]
-            chunks = self.policy.act(observations, instructions, generators)
-            if not self.checked:
-                self.check(chunks[0])
-            for future, chunk in zip(answers, chunks):
-                future.set_result(chunk)
-        return answer.result()
+        turn = asyncio.get_running_loop().create_future()
+        self.waiting.append((observation, episode, turn))
+        if self.waiting[0][-1] is not turn:
+            chunk = await turn
+            if chunk is not None:  # None: the rollouts before this one have their chunks, now it is the first
+                return chunk
+        await asyncio.sleep(0)  # every rollout that can go on by now does so first
+        seen = 0
+        while seen < len(self.waiting) < self.batch:
+            # Observations arrive in parts. As long as each millisecond completes more, they join.
+            seen = len(self.waiting)
+            await asyncio.sleep(0.001)
+        observations, episodes, turns = zip(*self.waiting[:self.batch])
+        del self.waiting[:self.batch]
+        instructions = [episode.context.instruction for episode in episodes]
+        # Seeded per query, so batching does not change the noise.
+        generators = [None if e.deterministic else np.random.default_rng((*e.seed_key, len(e.chunks)))
+                      for e in episodes]
+        chunks = self.policy.act(observations, instructions, generators)
+        if not self.checked:
+            self.check(chunks[0])
+        for turn, chunk in zip(turns[1:], chunks[1:]):
+            turn.set_result(chunk)
+        if self.waiting:
+            self.waiting[0][-1].set_result(None)
+        return chunks[0]
 
     def check(self, chunk):
         """Raise UserError unless the first chunk is as it must be: an update would notice it too late."""
@@ -815,9 +818,10 @@ def open_simulators(cfg: Config):
 # ---------------------------------------------------------------------- 5. Ranks, evaluation, files and main
 def init_distributed(device: str):
     """Make the processes that torchrun started one group: NCCL on GPUs, gloo on CPUs."""
+    said = {name: os.environ[name] for name in (*LAUNCH, "MASTER_PORT") if name in os.environ}
     fits = 0 <= RANK < WORLD and 0 <= LOCAL_RANK < LOCAL_WORLD <= WORLD
-    require(fits and (WORLD == 1 or "MASTER_PORT" in os.environ), f"the environment has {LAUNCHED}, which "
-            "torchrun would set otherwise: start processes with torchrun, or one without these variables")
+    require(fits and (WORLD == 1 or "MASTER_PORT" in said), f"the environment has {said}, which torchrun "
+            "would set otherwise: start processes with torchrun, or one without these variables")
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
     if WORLD > 1:
