@@ -81,6 +81,25 @@ def test_the_suites_horizons_are_those_of_the_longest_demonstrations():
     assert [len(load_suite(name).INSTRUCTIONS) for name in names] == [10, 10, 10, 10, 90]
 
 
+def test_pictures_of_collision_meshes_look_multisampled_and_the_benchmarks_are():
+    libero_or_skip()
+    context = Context(0, "", 3)
+    simulator, benchmark = (load_suite("libero_object")(64, collision) for collision in (True, False))
+    benchmark.reset(context)
+    assert benchmark.env.sim.model._model.vis.quality.offsamples == 4
+    simulator.reset(context)
+    model = simulator.env.sim.model._model
+    assert model.vis.quality.offsamples == 0
+    fast = simulator.get_observation()["agentview_image"].astype(float)
+    model.vis.quality.offsamples = 4
+    simulator.env.sim._render_context_offscreen.update_offscreen_size(640, 480)
+    smooth = ript.Robosuite.render(simulator, "agentview", 64, True)
+    assert fast.shape == smooth.shape
+    assert 0 < np.abs(fast - smooth).mean() < 2 < fast.std()
+    for one in (simulator, benchmark):
+        one.env.close()
+
+
 def test_the_expert_of_libero_object_puts_a_tall_thing_into_the_basket():
     libero_or_skip()
     # Ketchup: the palm would rest on it, were it grasped in the middle.
