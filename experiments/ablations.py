@@ -20,7 +20,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
-import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -30,8 +29,9 @@ from PIL import Image, ImageDraw
 
 import ript
 from experiments import tabletop_suites
-from experiments.common import (PRETRAINED, RESULTS, ROOT, RUNS, SUCCESS, curve_of, plot_curves, print_header,
-                                print_row, read_csv, run_once, write_csv)
+from experiments.common import (PRETRAINED, RESULTS, ROOT, RUNS, SUCCESS, curve_of, keep_results,
+                                kept_outcomes, plot_curves, print_header, print_row, read_csv, run_once,
+                                write_csv)
 from policies.tiny import Tiny
 from scripts import report
 
@@ -111,10 +111,7 @@ def run(name, seed):
     first = HOME / f"{START_OF.get(name, name)}_{seed}"
     start = run_once(start_of(first), "scripts/sft.py", *shared, *stage_2)
     run_once(out, SCRIPTS.get(name, "ript.py"), *shared, *stage_3, "--checkpoint", start)
-    report.main([str(out), "--no_video"])  # it writes the CSV files
-    (RESULTS / name).mkdir(parents=True, exist_ok=True)
-    for file in ("metrics", "evaluation"):
-        shutil.copyfile(out / f"{file}.csv", RESULTS / name / f"{file}_{seed}.csv")
+    keep_results(out, RESULTS / name, seed)
     return out
 
 def start_of(out):
@@ -130,9 +127,7 @@ def table(names, seeds):
 
 def cells_of(name, seed):
     """What the table says of a run: success before and after, and what it took."""
-    contexts = read_csv(RESULTS / name / f"evaluation_{seed}.csv")
-    before = [bool(int(context["SFT"])) for context in contexts]
-    after = [bool(int(context["RIPT"])) for context in contexts]
+    before, after = kept_outcomes(RESULTS / name, seed)
     gained, lost, p = report.mcnemar(before, after)
     names = "rollouts", "kept", "all_success", "all_fail", "seconds_rollouts", "seconds_update"
     sums = dict.fromkeys(names, 0.0)

@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 import copy
-import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -24,8 +23,9 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import ript
-from experiments.common import (RESULTS, RUNS, SUCCESS, add_noise_success, curve_of, plot_curves,
-                                print_header, print_row, read_csv, run_once, write_csv)
+from experiments.common import (RESULTS, RUNS, SUCCESS, add_noise_success, curve_of, keep_results,
+                                kept_outcomes, plot_curves, print_header, print_row, read_csv, run_once,
+                                write_csv)
 from policies.openvla_oft import OpenVLAOFT, is_adapter_or_head
 from policies.tiny import Tiny
 from scripts import report
@@ -113,23 +113,16 @@ def run(name, arm, seed):
     out = RUNS / f"{name}/{arm}_{seed}"
     run_once(out, "experiments/adapters.py", "train", arm, *suite.split(), "--seed", seed,
              "--checkpoint", start_of(name, seed))
-    report.main([str(out), "--no_video"])  # it writes the CSV files
-    (RESULTS / name).mkdir(parents=True, exist_ok=True)
-    for file in ("metrics", "evaluation"):
-        shutil.copyfile(out / f"{file}.csv", RESULTS / name / f"{file}_{arm}_{seed}.csv")
+    keep_results(out, RESULTS / name, f"{arm}_{seed}")
 
 # ---------------------------------------------------------------------------------------- table and figure
-def outcomes(name, arm, seed, stage):
-    """Every held-out context's outcome, bool, before (SFT) or after (RIPT)."""
-    return [bool(int(row[stage])) for row in read_csv(RESULTS / name / f"evaluation_{arm}_{seed}.csv")]
-
 def cells_of(name, arm, seed):
     """What the table says of a run."""
     rows = read_csv(RESULTS / name / f"metrics_{arm}_{seed}.csv")
-    after = outcomes(name, arm, seed, "RIPT")
-    before = outcomes(name, arm, seed, "SFT")
+    before, after = kept_outcomes(RESULTS / name, f"{arm}_{seed}")
+    _, of_release = kept_outcomes(RESULTS / name, f"release_{seed}")
     start = report.mcnemar(before, after)
-    release = report.mcnemar(outcomes(name, "release", seed, "RIPT"), after)
+    release = report.mcnemar(of_release, after)
     middle = next(row for row in rows if row["iteration"] == "2")
     updates = [row for row in rows if "updates" in row]
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ript
-from scripts.report import write_csv
+from scripts import report
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs"
 RESULTS = ROOT / "docs/results"  # what a run leaves for the repository: a folder for each experiment
 PRETRAINED = ROOT / "policies/tabletop"  # the laptop's policy after stage 1
+write_csv = report.write_csv
 SUCCESS = "success on held-out contexts, %"
 
 def run_once(out: Path, script: str, *arguments, quiet: bool = False) -> Path:
@@ -38,6 +39,19 @@ def run_once(out: Path, script: str, *arguments, quiet: bool = False) -> Path:
 def memory_gb(out: Path) -> float:
     """The peak memory of the process that run_once ran for this directory."""
     return float((out / "done").read_text())
+
+def keep_results(out: Path, folder: Path, ending: str) -> None:
+    """Write metrics.csv and evaluation.csv of a run, and copy them to folder as metrics_ENDING.csv and so on."""
+    report.main([str(out), "--no_video"])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics", "evaluation"):
+        shutil.copyfile(out / f"{name}.csv", folder / f"{name}_{ending}.csv")
+
+def kept_outcomes(folder: Path, ending: str) -> tuple[list[bool], list[bool]]:
+    """Of a run that keep_results has kept: every held-out context's outcome before (SFT) and after (RIPT)."""
+    rows = read_csv(folder / f"evaluation_{ending}.csv")
+    before, after = ([bool(int(row[stage])) for row in rows] for stage in ("SFT", "RIPT"))
+    return before, after
 
 def add_noise_success() -> None:
     """From now on ript.main's rows in this process have noise_success, too, where they have eval_success: the

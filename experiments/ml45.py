@@ -1,11 +1,15 @@
-"""MetaWorld ML45: what its scripted experts and its simulator can do.
+"""MetaWorld ML45: what its scripted experts and its simulator can do, and whether RIPT learns there.
 
     python experiments/ml45.py experts        all 50 tasks, ten seeds each: docs/results/metaworld/experts.csv
     python experiments/ml45.py speed          control steps, resets and pictures per second, beside LIBERO's
+    python experiments/ml45.py settings       four settings of stage 3 on two tasks, in contexts of development
     python experiments/ml45.py starts 2 14    these tasks after stage 2, in contexts of development
+    python experiments/ml45.py tasks 2 14     stages 2 and 3 of these tasks, two seeds, held-out contexts
+    python experiments/ml45.py few_shot       one policy for five tasks, five demonstrations each, three seeds
     python experiments/ml45.py train ARGUMENTS    ript.py with these, and with noise_success in its rows
 
-Settings are chosen in Development's contexts, so that the held-out ones stay unseen.
+Settings are chosen in Development's contexts, so that the held-out ones stay unseen. Results go to
+docs/results/metaworld.
 """
 import sys
 from pathlib import Path
@@ -19,10 +23,17 @@ from functools import partial
 import numpy as np
 
 import ript
-from experiments.common import (RESULTS, RUNS, add_noise_success, print_header, print_row, read_csv, run_once,
+from experiments.common import (RESULTS, ROOT, RUNS, SUCCESS, add_noise_success, curve_of, keep_results,
+                                kept_outcomes, plot_curves, print_header, print_row, read_csv, run_once,
                                 write_csv)
 from scripts import report
 from simulators import metaworld
+
+KEPT = RESULTS / "metaworld"
+DEVELOPMENT = "--suite", f"{ROOT}/experiments/ml45.py:Development", "--eval_contexts", 40
+# Settings of stage 3 that are compared on development contexts, beside the suite's preset.
+SETTINGS = dict(preset="", full="--scale_multiplier 1", fast="--lr 6e-4", twice="--minibatch 64")
+SETTINGS_TASKS = 12, 14  # door-open and drawer-open
 
 
 class Development(metaworld.ML45):
@@ -59,7 +70,7 @@ def experts() -> None:
         print_row(*rows[-1].values())
     for name in ("successes", "within_horizon"):
         print(f"{name}: {sum(row[name] for row in rows)} of {10 * len(rows)}")
-    write_csv(RESULTS / "metaworld/experts.csv", rows)
+    write_csv(KEPT / "experts.csv", rows)
 
 
 def per_second(call, seconds: float = 3.0) -> float:
@@ -94,15 +105,62 @@ def speed() -> None:
         simulator.env.close()
 
 
+def start_of(name: str, *arguments) -> Path:
+    """A policy after stage 2."""
+    return run_once(RUNS / f"ml45/{name}_sft", "scripts/sft.py", *arguments)
+
+
+def learn(name: str, start: Path, *arguments) -> None:
+    """One run of stage 3, as far as it is missing. Its results are kept."""
+    out = run_once(RUNS / f"ml45/{name}", "experiments/ml45.py", "train", *arguments, "--checkpoint", start)
+    keep_results(out, KEPT, name)
+
+
+def cells_of(name: str) -> list:
+    """What the tables say of a run: success, and what decides it."""
+    before, after = kept_outcomes(KEPT, name)
+    gained, lost, p = report.mcnemar(before, after)
+    rows = read_csv(KEPT / f"metrics_{name}.csv")
+    evaluated = [row for row in rows if "noise_success" in row]
+    updates = [row for row in rows if "rollouts" in row]
+    groups = {kind: sum(int(row[kind]) for row in updates) for kind in ("kept", "all_success", "all_fail")}
+    shares = [f"{number / sum(groups.values()):.0%}" for number in groups.values()]
+    return [report.interval(sum(before), len(before)), report.interval(sum(after), len(after)),
+            f"{gained}, {lost}, {p:.1g}",
+            " ".join(f"{float(row['eval_success']):.0%}" for row in evaluated),
+            " ".join(f"{float(row['noise_success']):.0%}" for row in evaluated),
+            " ".join(f"{float(row['rollout_success']):.0%}" for row in updates), *shares,
+            sum(int(row["rollouts"]) for row in updates)]
+
+
+def table(names: list[str]) -> None:
+    """Print a line for each run."""
+    print_header("", "start", "end", "gained, lost, p", "evaluations", "with noise", "rollouts' success",
+                 "groups with signal", "all succeed", "all fail", "rollouts")
+    for name in names:
+        print_row(name, *cells_of(name))
+
+
+def settings() -> None:
+    """SETTINGS, each from the same start, in contexts of Development."""
+    names = []
+    for task in SETTINGS_TASKS:
+        words = *DEVELOPMENT, "--task", task
+        start = start_of(f"development_{task}", *words)
+        for setting, more in SETTINGS.items():
+            names.append(f"{setting}_{task}")
+            learn(names[-1], start, *words, *more.split())
+    table(names)
+
+
 def starts(tasks: list[int]) -> None:
     """Success after stage 2, seed 0, in 40 contexts of Development: docs/results/metaworld/starts.csv."""
-    path = RESULTS / "metaworld/starts.csv"
+    path = KEPT / "starts.csv"
     rows = {int(row["task"]): row for row in read_csv(path)} if path.exists() else {}
     for task in tasks:
-        words = "--seed", 0, "--task", task
-        start = run_once(RUNS / f"ml45/{task}_0_sft", "scripts/sft.py", "--suite", "metaworld", *words)
-        out = run_once(RUNS / f"ml45/{task}_0_eval", "ript.py", "--eval", "--suite", f"{__file__}:Development",
-                       *words, "--checkpoint", start, "--eval_contexts", 40)
+        start = start_of(f"task{task}_0", "--suite", "metaworld", "--seed", 0, "--task", task)
+        out = run_once(RUNS / f"ml45/task{task}_0_eval", "ript.py", "--eval", *DEVELOPMENT,
+                       "--task", task, "--checkpoint", start)
         outcomes, _ = report.read_outcomes(out / "evaluation_success.json", ript.load_config(out))
         share = report.interval(sum(outcomes.values()), len(outcomes))
         rows[task] = dict(task=task, name=tuple(metaworld.EXPERT_STEPS)[task], start=share)
@@ -110,7 +168,43 @@ def starts(tasks: list[int]) -> None:
         write_csv(path, [rows[task] for task in sorted(rows)])
 
 
-COMMANDS = dict(experts=experts, speed=speed, starts=starts)
+def tasks(numbers: list[int], seeds=(0, 1)) -> None:
+    """Single tasks: each seed's stages 2 and 3, 100 held-out contexts; a table and a figure."""
+    names = {f"task{task}_{seed}": (task, seed) for task in numbers for seed in seeds}
+    for name, (task, seed) in names.items():
+        words = "--suite", "metaworld", "--seed", seed, "--task", task
+        learn(name, start_of(name, *words), *words, "--eval_contexts", 100)
+    table([*names])
+    curves = []
+    for number, task in enumerate(numbers):
+        for seed in seeds:
+            label = metaworld.ML45.INSTRUCTIONS[task] if seed == seeds[0] else ""
+            metrics = read_csv(KEPT / f"metrics_task{task}_{seed}.csv")
+            curves.append(curve_of(label, f"o-C{number}", metrics))
+    plot_curves(KEPT / "tasks.png", {SUCCESS: curves})
+
+
+def few_shot(seeds=(0, 1, 2)) -> None:
+    """The paper's few-shot setting in small: one policy for QueST's five tasks."""
+    names = [f"few_shot_{seed}" for seed in seeds]
+    for name, seed in zip(names, seeds):
+        words = "--suite", "metaworld_few_shot", "--seed", seed
+        start = start_of(name, *words, "--demos_per_task", 5, "--sft_steps", 2000)
+        learn(name, start, *words)
+    table(names)
+    print_header("seed", *metaworld.FewShot.INSTRUCTIONS)
+    for name, seed in zip(names, seeds):
+        rows = read_csv(KEPT / f"evaluation_{name}.csv")
+        cells = []
+        for task in range(len(metaworld.FewShot.NAMES)):
+            of_task = [row for row in rows if int(row["task"]) == task]
+            won = (sum(int(row[stage]) for row in of_task) for stage in ("SFT", "RIPT"))
+            cells.append(" -> ".join(report.interval(number, len(of_task)) for number in won))
+        print_row(seed, *cells)
+
+
+COMMANDS = dict(experts=experts, speed=speed, settings=settings, starts=starts, tasks=tasks, few_shot=few_shot)
+OF_TASKS = "starts", "tasks"
 
 
 def main(argv=None):
@@ -124,7 +218,9 @@ def main(argv=None):
     parser.add_argument("name", choices=COMMANDS)
     parser.add_argument("tasks", nargs="*", type=int)
     given = parser.parse_args(argv)
-    COMMANDS[given.name](*[given.tasks] if given.name == "starts" else [])
+    ript.require(bool(given.tasks) == (given.name in OF_TASKS), f"{' and '.join(OF_TASKS)} need numbers of tasks, "
+                 "the others have none")
+    COMMANDS[given.name](*[given.tasks] if given.tasks else [])
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ pytest.importorskip("metaworld", reason="pip install -c requirements.txt metawor
 
 from metaworld.env_dict import ML45_V3
 
-from experiments import ml45
-
+from experiments import common, ml45
 from policies.tiny import Tiny
 from ript import Context
 from scripts import sft
 from simulators.metaworld import EXPERT_STEPS, ML45
+from tests.conftest import config
 
 SUITES = "metaworld", "metaworld_test", "metaworld_few_shot"
 TASKS = [ML45.NAMES.index(name) for name in ("drawer-open", "peg-insert-side", "stick-pull")]
@@ -113,5 +113,29 @@ def test_contexts_of_development_are_other_scenes_and_experts_need_no_pictures()
     assert (places[0] == places[1]).all() and (places[0] != places[2]).any()
     demonstration = ml45.Unseen().demonstrate(Context(task, "", 3))
     assert demonstration.success and demonstration.observations[0] == {}
-    with pytest.raises(ript.UserError, match="invalid choice: 'nothing'"):
-        ml45.main(["nothing"])
+    for words, said in {"nothing": "invalid choice: 'nothing'", "tasks": "starts and tasks need numbers of tasks",
+                        "speed 3": "the others have none"}.items():
+        with pytest.raises(ript.UserError, match=said):
+            ml45.main(words.split())
+
+
+def test_the_table_says_what_decides_whether_a_run_learns(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(ml45, "KEPT", tmp_path)
+    contexts = [dict(task=0, SFT=one, RIPT=other) for one, other in zip([1, 0, 0, 0], [1, 1, 1, 0])]
+    common.write_csv(tmp_path / "evaluation_a.csv", contexts)
+    rows = [dict(iteration=0, eval_success=0.25),
+            dict(iteration=1, rollouts=80, kept=2, all_success=1, all_fail=7, rollout_success=0.2),
+            dict(iteration=2, rollouts=80, kept=4, all_success=3, all_fail=3, rollout_success=0.5,
+                 eval_success=0.75, noise_success=0.5)]
+    common.write_csv(tmp_path / "metrics_a.csv", rows)
+    ml45.table(["a"])
+    *_, row = capsys.readouterr().out.splitlines()
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[0] == "a" and cells[1].startswith("1/4") and cells[2].startswith("3/4")
+    assert cells[3:] == ["2, 0, 0.5", "75%", "50%", "20% 50%", "30%", "20%", "50%", "160"]
+
+
+def test_every_setting_that_is_compared_is_one_of_ript():
+    for settings in ml45.SETTINGS.values():
+        cfg = config(*map(str, ml45.DEVELOPMENT), "--task", "14", *settings.split())
+        assert (cfg.eval_contexts, cfg.groups, ript.horizon_of(ript.load_suite(cfg.suite), 14)) == (40, 16, 224)
