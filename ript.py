@@ -820,7 +820,7 @@ def init_distributed(device: str):
     """Make the processes that torchrun started one group: NCCL on GPUs, gloo on CPUs."""
     said = {name: os.environ[name] for name in (*LAUNCH, "MASTER_PORT") if name in os.environ}
     fits = 0 <= RANK < WORLD and 0 <= LOCAL_RANK < LOCAL_WORLD <= WORLD
-    require(fits and (WORLD == 1 or "MASTER_PORT" in said), f"the environment has {said}, which torchrun "
+    require(fits and (WORLD == 1 or len(said) > len(LAUNCH)), f"the environment has {said}, which torchrun "
             "would set otherwise: start processes with torchrun, or one without these variables")
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)

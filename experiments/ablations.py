@@ -5,7 +5,7 @@
     python experiments/ablations.py bowl --seeds 0   with these seeds in place of 0, 1 and 2
     python experiments/ablations.py tabletop half half_lr quarter quarter_lr     fewer groups per iteration
     python experiments/ablations.py tabletop grpo    GRPO's advantage; libero libero_grpo: on LIBERO-Object
-    python experiments/ablations.py senses NAME      the policies of tabletop or one_scene, misled and blind
+    python experiments/ablations.py senses NAME      the policies of tabletop (misled, blind) or one_scene (misled)
     python experiments/ablations.py imitation        other ways to spend the tabletop's time: more of stage 2
     python experiments/ablations.py offsets          how the start depends on the offset of the worn arm
     python experiments/ablations.py passes           N optimiser steps on the same rollouts: where it breaks
@@ -13,7 +13,7 @@
 
 Of each run, docs/results/NAME keeps metrics_SEED.csv and evaluation_SEED.csv, every context's outcome. The
 policies of `imitation` are evaluated in 200 contexts that nothing else uses, seeds 150 to 249 of each task;
-the others in the usual 100.
+the others in the usual 100, of a single task of LIBERO in its 50 stored states.
 """
 import sys
 from pathlib import Path

@@ -1,10 +1,10 @@
 """The 7B's own path on the laptop: how its optimiser settings learn with adapters on a bfloat16 base.
 
-    python experiments/adapters.py            tabletop: every arm, three seeds, a table and a figure
+    python experiments/adapters.py            tabletop: six arms, three seeds, a table and a figure
     python experiments/adapters.py libero     LIBERO-Object's task 0: three arms, two seeds
     python experiments/adapters.py steps      within one update: how far each optimiser step moves the policy
     python experiments/adapters.py --seeds 0  with these seeds in place of the usual ones
-    python experiments/adapters.py train ARM ARGUMENTS    one run of an arm, with ript.py's arguments
+    python experiments/adapters.py train ARM --checkpoint DIR ARGUMENTS    one run of an arm, as ript.py has it
 
 The policy is the laptop's as ript.py has the 7B: its base in bfloat16, adapters of rank 32 and both heads in
 float32, two passes of which the second has gradient, and the decoder's adapters and the action head train.

@@ -18,6 +18,9 @@ PRETRAINED = ROOT / "policies/tabletop"  # the laptop's policy after stage 1
 write_csv = report.write_csv
 SUCCESS = "success on held-out contexts, %"
 
+# Scripts whose runs cannot be resumed.
+BEGIN_AGAIN = "scripts/sft.py", "experiments/critic.py"
+
 def run_once(out: Path, script: str, *arguments, quiet: bool = False) -> Path:
     """Run a script of this repository with `--out out`, unless it has finished there before: -> out.
 
@@ -25,8 +28,8 @@ def run_once(out: Path, script: str, *arguments, quiet: bool = False) -> Path:
     if (out / "done").exists():
         return out
     place = "--out"
-    if script == "scripts/sft.py":
-        shutil.rmtree(out, ignore_errors=True)  # what stage 2 has left begins again
+    if script in BEGIN_AGAIN:
+        shutil.rmtree(out, ignore_errors=True)
     elif (out / "config.json").exists() or (out / "run.pt").exists():
         place = "--resume"  # a run that was interrupted goes on after its last complete iteration
     command = [str(word) for word in (sys.executable, ROOT / script, *arguments, place, out)]

@@ -3,7 +3,7 @@
     python experiments/critic.py                   tabletop, both arms, three seeds
     python experiments/critic.py critic_small      with a quarter of the rollouts per update
     python experiments/critic.py critic_libero     LIBERO-Object's task 0, an hour and a half
-    python experiments/critic.py train ARGUMENTS   one run with a critic, with ript.py's arguments
+    python experiments/critic.py train --max_rejected 0 ARGUMENTS    one run with a critic, as ript.py has it
 
 Both arms begin with the same stage 2 and take as many rollouts: no group is replaced. Leave-one-out drops the
 groups whose rewards are all equal; the critic learns from these too, and gives each query its own advantage.

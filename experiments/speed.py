@@ -37,7 +37,7 @@ from policies.tiny import Tiny
 from simulators.libero_experts import LiberoObject
 from simulators.tabletop import TabletopPretrain
 
-EPISODES = 4  # of 280 steps each; a multiple of the workers
+EPISODES = 4  # of 280 steps each; a multiple of the workers, which are 2
 ROUNDS = 3
 
 class Replay(torch.nn.Module):
@@ -206,7 +206,7 @@ class Speed:
 def speed(*more):
     """Environment steps per second of the five ways, in turns. More settings are ript.py's."""
     settings = ("--suite libero_object --task 0 --image_size 256 --rollouts 2 --collision false "
-                "--max_rejected 0")
+                "--max_rejected 0 --workers 2")
     cfg = ript.parse_config([*settings.split(), "--groups", str(EPISODES // 2), *more])
     cfg = replace(cfg, suite=f"{__file__}:Timed", model=f"{__file__}:Replay")
     rows = []

@@ -1,7 +1,7 @@
 """The sentences of scripts/symptoms.py, each provoked by a real run on the tabletop: docs/DETAILS.md's table.
 
-    python scripts/sft.py && python experiments/symptoms.py       every run, about ten minutes on two cores
-    python experiments/symptoms.py clipped                        one of them
+    python experiments/symptoms.py            every run, about ten minutes on two cores, after scripts/sft.py
+    python experiments/symptoms.py clipped    one of them
 
 A run that has been made before, in runs/symptoms, is not made again. docs/results/symptoms/table.csv keeps
 what each of them said.

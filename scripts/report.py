@@ -7,7 +7,7 @@
 
 It writes evaluation.csv (the outcome of every held-out context), metrics.csv and curve.png (a row and a point
 per iteration), task0.mp4, task1.mp4, ... and task0_before.mp4, ... (the policy after and before stage 3, in
-the first held-out context of each task), report.html, which has all of them, and tensorboard/.
+the first held-out context of each task), report.html, the run as a page, and tensorboard/.
 
 The paper's number stands beside an evaluation of its model and suite. Fisher's exact test, two-sided, says
 how likely such a difference is if both success rates are the same; below 5% they are not compatible.

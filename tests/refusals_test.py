@@ -315,7 +315,8 @@ WHOLE = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MAS
     dict(RANK="1"), dict(RANK=""), dict(RANK="x"), dict(RANK="-1"), dict(RANK="0.5"), dict(WORLD_SIZE="2"),
     dict(WORLD_SIZE="0"), dict(WORLD_SIZE=""), dict(RANK="0", WORLD_SIZE="2"), dict(LOCAL_RANK="1"),
     dict(LOCAL_RANK="gpu"), dict(LOCAL_WORLD_SIZE="0"), dict(LOCAL_WORLD_SIZE="4"), WHOLE | dict(RANK="1"),
-    WHOLE | dict(WORLD_SIZE="2", LOCAL_RANK="1")])
+    WHOLE | dict(WORLD_SIZE="2", LOCAL_RANK="1"),
+    dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="here", MASTER_PORT="1")])
 def test_a_launchers_variables_that_do_not_fit_are_refused(monkeypatch, variables):
     module = launched_with(monkeypatch, **variables)
     with pytest.raises(module.UserError, match="the environment has .* torchrun would set otherwise"):
