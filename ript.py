@@ -275,6 +275,8 @@ async def rollout(simulator: "Simulator", episode: Episode, actor: "Actor", hori
         actions = chunk.pop("actions")[:horizon - sum(episode.num_executed)]
         require(np.isfinite(actions).all(), f"an action is not finite in {episode}", RuntimeError)
         result = await simulator.call("step", actions)
+        if episode.deterministic:
+            chunk.pop("observation", None)  # nothing learns from its pictures
         episode.chunks.append(chunk)
         episode.num_executed.append(result.num_executed)
     require(result.success in (False, True), f"success must be True or False, got {result.success!r}")
@@ -817,13 +819,17 @@ def open_simulators(cfg: Config):
 
 # ---------------------------------------------------------------------- 5. Ranks, evaluation, files and main
 def init_distributed(device: str):
-    """Make the processes that torchrun started one group: NCCL on GPUs, gloo on CPUs."""
+    """Choose the device, and make torchrun's processes one group: NCCL on GPUs, gloo on CPUs."""
     said = {name: os.environ[name] for name in (*LAUNCH, "MASTER_PORT") if name in os.environ}
     fits = 0 <= RANK < WORLD and 0 <= LOCAL_RANK < LOCAL_WORLD <= WORLD
     require(fits and (WORLD == 1 or len(said) > len(LAUNCH)), f"the environment has {said}, which torchrun "
             "would set otherwise: start processes with torchrun, or one without these variables")
-    if device == "cuda":
-        torch.cuda.set_device(LOCAL_RANK)
+    require(WORLD == 1 or device in ("cuda", "cpu"), "--device must be cuda or cpu for several "
+            f"processes, which have a GPU each, got {device}")
+    with trying(f"--device {device}", "use"):
+        if device.startswith("cuda"):
+            torch.cuda.set_device(LOCAL_RANK if device == "cuda" else device)
+        torch.zeros(1, device=device).item()
     if WORLD > 1:
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # rank 0 speaks for all
         # When a process dies, torchrun ends those of its machine; those of other machines wait for an hour.
@@ -1028,8 +1034,7 @@ def check(cfg: Config):
         fits = method and (name != "preprocess" or isinstance(method, (classmethod, staticmethod)))
         require(fits, f"{cfg.model} needs {name}, as docs/DETAILS.md has it (preprocess is a class method)")
     training_context(0, cfg)
-    with trying(f"--device {cfg.device}", "use"):
-        torch.zeros(1, device=cfg.device).item()
+    evaluation_contexts(cfg)
 
 def run_command(main: Callable[[], object]):
     """Run a script's main(). A UserError is one sentence and exit status 2."""

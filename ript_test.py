@@ -6,6 +6,7 @@
 The file runs beside ript.py alone, with a simulator and a policy that are a few lines of Python each. Tests
 that need another part of the repository, or LIBERO, are skipped where it is missing, and say so.
 """
+import asyncio
 import contextlib
 import copy
 import json
@@ -808,6 +809,11 @@ def test_an_evaluation_acts_with_the_mean(simulators, tmp_path):
     cfg = toy_config(out=tmp_path, eval_contexts=2)
     ript.evaluate(Watched(), simulators, ript.evaluation_contexts(cfg), cfg, "mean")
     assert len(seen) == 4 * 3 and set(seen) == {None}
+    episode = Episode(ript.evaluation_contexts(cfg)[0], deterministic=True)
+    actor = ript.Actor(ToyPolicy(), 1)
+    asyncio.run(simulators.run([simulators.run_episodes(ript.rollout, [episode], actor)], "one"))
+    assert len(episode.chunks) == 3  # whose pictures, which nothing learns from, are not kept
+    assert not any("observation" in chunk for chunk in episode.chunks)
 
 
 def launch(*command, timeout=300):

@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from ript import RENAMED, reading, require
+from ript import RENAMED, Config, reading, require
+
+# Of a whole repository in the hub: export.py copies the code and the tokenizer, which nothing runs here.
+WANTED = ["*.json", "*.safetensors", "*_checkpoint.pt", "*.py", "tokenizer.model"]
 
 def fetch(path) -> Path:
     """A local path as it is; OWNER/NAME or OWNER/NAME/PATH in the Hugging Face hub, downloaded."""
@@ -23,7 +26,7 @@ def fetch(path) -> Path:
         raise FileNotFoundError("no such file or directory")
     repository = "/".join(path.parts[:2])
     inside = "/".join(path.parts[2:])
-    wanted = [inside, f"{inside}/*"] if inside else ["*.json", "*.safetensors", "*_checkpoint.pt"]
+    wanted = [inside, f"{inside}/*"] if inside else WANTED
     try:
         from huggingface_hub import snapshot_download
         # The adapters in the release's own lora_adapter are merged into its weights already.
@@ -116,10 +119,17 @@ def read_base(folder):
         for name, value in weights.items():
             yield f"{part}.{name}", value
 
+def refuse(cfg, *names):
+    """Raise UserError where a setting is given that the policy would ignore."""
+    for name in names:
+        usual = getattr(Config, name)
+        require(getattr(cfg, name) == usual, f"--{name} is not for --model {cfg.model}")
+
 def check_trained_with(origin, wanted, folder):
     """Raise UserError where a saved policy was made under other settings than it is wanted for.
 
     Both are of settings_of; origin is empty for files that others have made, which do not say."""
+    require(origin.keys() <= wanted.keys(), f"the policy in {folder} is of another kind: choose its --model")
     for name, value in origin.items():
         # A suite of the user's own may be a variation of the one that the policy is for.
         own = name == "suite" and ":" in value + wanted[name]

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ript
-from policies.checkpoints import checksums, fetch, read_json, read_origin
+from policies.checkpoints import checksums, fetch, read_json, read_origin, refuse
 
 # transformers is imported where it is used: simulators, which import this file, have no use for it.
 
@@ -96,6 +96,7 @@ class Pi0(nn.Module):
     @classmethod
     def load(cls, cfg):
         """The policy that a run starts from."""
+        refuse(cfg, "adapter", "scale_head", "attention_mode")
         policy = cls.from_pretrained(cfg.checkpoint, cfg.device)
         policy.scale_multiplier = cfg.scale_multiplier
         # It complains now, and not in a rollout.

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ript
-from policies.checkpoints import read_weights
+from policies.checkpoints import read_weights, refuse
 
 # transformers is imported where it is used: simulators, which import this file, have no use for it.
 
@@ -150,7 +150,7 @@ class QueST(nn.Module):
     """The policy. As released, a token is drawn from the five likeliest, but scored with the softmax over all
     1000, so that the ratio is not one of the density drawn from. With top_k = 0 both are the full softmax."""
     CLIP = os.environ.get("QUEST_CLIP", "openai/clip-vit-base-patch32")
-    top_k = 0 if os.environ.get("QUEST_FULL_SOFTMAX") else 5
+    top_k = 5 if os.environ.get("QUEST_FULL_SOFTMAX", "0") in ("", "0") else 0
     chunk = 8  # action steps per query, H
     tokens_per_query = 8  # tokens per query, T
     # The authors' settings.
@@ -181,6 +181,7 @@ class QueST(nn.Module):
     @classmethod
     def load(cls, cfg):
         """The policy that a run starts from: --checkpoint, or the authors' SFT file of the suite."""
+        refuse(cfg, "adapter", "scale_head", "scale_multiplier", "attention_mode")
         released = f"quest/{cfg.suite.upper().replace('_10', '_LONG')}_sft.pth"
         policy = cls.from_pretrained(cfg.checkpoint or released, cfg.device)
         policy.texts = list(ript.tasks_of(cfg).values())
@@ -188,8 +189,10 @@ class QueST(nn.Module):
 
     @property
     def constants(self):
-        """What actions depend on beside weights, for ript.fingerprint: CLIP's features of the texts."""
-        return [text_feature(text, self.CLIP).tolist() for text in self.texts]
+        """What actions depend on beside weights, for ript.fingerprint: CLIP's features of the texts, and
+        whether tokens are drawn from all."""
+        unusual = [] if self.top_k else ["all tokens"]
+        return unusual + [text_feature(text, self.CLIP).tolist() for text in self.texts]
 
     @classmethod
     def from_pretrained(cls, path, device="cpu"):

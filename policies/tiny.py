@@ -12,7 +12,7 @@ from torch import nn
 
 import ript
 from policies.checkpoints import (check_statistics, check_together, check_trained_with, checksums, fetch,
-                                  read_json, weights_of)
+                                  read_json, refuse, weights_of)
 from policies.openvla_oft import OpenVLAOFT
 
 
@@ -70,8 +70,7 @@ class Tiny(OpenVLAOFT):
     @classmethod
     def load(cls, cfg):
         """The policy that stage 3 starts from."""
-        other = cfg.adapter or cfg.scale_head
-        ript.require(not other, "--adapter and --scale_head are not for --model tiny")
+        refuse(cfg, "adapter", "scale_head")
         made = f"python scripts/sft.py --suite {cfg.suite} makes one"
         ript.require(cfg.checkpoint, f"--checkpoint DIR must name a policy to start from: {made}")
         missing = cfg.checkpoint.startswith("runs/") and not Path(cfg.checkpoint).exists()

@@ -20,9 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 import json
-import os
 import shutil
-import tempfile
 from functools import partial
 from typing import Optional
 
@@ -167,15 +165,9 @@ def main(argv: Optional[list[str]] = None):
     checkpoint, origin = find_base(adapter, options.checkpoint)
     with reading(checkpoint):
         base = fetch(checkpoint)
-    try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f"{out.name}.tmp.") as temporary:
-            folder = Path(temporary, out.name)
-            folder.mkdir()
-            changed = export(adapter, base, folder)
-            os.replace(folder, out)
-    except OSError as error:
-        raise ript.UserError(f"cannot write {out}: {error}") from error
+    with ript.writing(out.absolute()) as folder:
+        folder.mkdir()
+        changed = export(adapter, base, folder)
     print(f"{out} is {checkpoint} with the adapters and heads of {adapter}: {changed} weights have changed.")
     mode = origin.get("prefix")
     evaluation = f"python ript.py --model openvla-oft --suite {origin.get('suite', 'SUITE')} --eval"

@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import asyncio
+import json
 import math
 import shlex
 from collections.abc import Callable
@@ -299,7 +300,7 @@ def next_command(cfg):
         settings[name] = getattr(cfg, name)
     for name, value in settings.items():
         if value != getattr(usual, name):
-            words += [f"--{name}", str(value)]
+            words += [f"--{name}", json.dumps(value) if isinstance(value, bool) else str(value)]
     return shlex.join(["python", "ript.py", *words])
 
 

@@ -151,6 +151,9 @@ def test_an_adapter_is_used_for_what_it_was_made_for(no_simulators, tmp_path):
     cfg = config(*arguments, "--adapter", tmp_path / "adapter")
     assert OpenVLAOFT.load(cfg).trained_with["prefix"] == "exact"
     wrong = [(OFT + "--adapter {tmp}/adapter " + more, sentence) for more, sentence in ORIGIN_OF_ADAPTERS]
+    (tmp_path / "other_kind").mkdir()
+    (tmp_path / "other_kind/ript.json").write_text(json.dumps(dict(base="pi0")))
+    wrong.append((OFT + "--adapter {tmp}/other_kind", "is of another kind: choose its --model"))
     assert not other_sentences(ript, wrong, tmp=tmp_path)
 
 

@@ -85,7 +85,7 @@ MISTAKES = [  # arguments, and what the one sentence says; {tmp} is prepared bel
     ("--suite libero_object --task 0 --eval_contexts 51", "--eval_contexts must be at most 50, got 51"),
     ("--checkpoint=", "python scripts/sft.py --suite tabletop makes one"),
     ("--checkpoint runs/nowhere", "there is no policy in runs/nowhere: python scripts/sft.py"),
-    ("--adapter {tmp}/other", "--adapter and --scale_head are not for --model tiny"),
+    ("--adapter {tmp}/other", "--adapter is not for --model tiny"),
     ("--checkpoint nowhere", "cannot read nowhere: FileNotFoundError: no such file or directory"),
     ("--checkpoint no/such/run", "no such file or directory, and nothing from the hub"),
     ("--checkpoint {tmp}/none", "cannot read {tmp}/none"),

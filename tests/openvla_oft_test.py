@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+from fnmatch import fnmatch
 
 import ript  # before torch is: it says how OpenMP's threads wait
 
@@ -398,8 +399,13 @@ def test_the_seven_billions_command_asks_the_hub_for_the_released_files(monkeypa
     header = "openvla_oft/scale_header/LIBERO_LONG_scale_header.pth"
     assert cfg.scale_head == f"tanshh97/RIPT_VLA/{header}"
     policy = OpenVLAOFT.load(dataclasses.replace(cfg, scale_head=str(GOLDEN / SCALE)))
-    released = ["*.json", "*.safetensors", "*_checkpoint.pt"]
-    assert asked == [("moojink/openvla-7b-oft-finetuned-libero-10", released)]
+    (repository, released), = asked
+    assert repository == "moojink/openvla-7b-oft-finetuned-libero-10"
+    # What acts, and what export.py copies for openvla-oft's own loader; no weights in other formats.
+    needed = ("model-00001-of-00004.safetensors", "action_head--150000_checkpoint.pt", "config.json",
+              "tokenizer.model", "processing_prismatic.py")
+    assert all(any(fnmatch(name, pattern) for pattern in released) for name in needed)
+    assert not any(fnmatch("pytorch_model-00001-of-00003.bin", pattern) for pattern in released)
     assert policy.lora and policy.scale_multiplier == 5
     assert checkpoints.fetch(cfg.scale_head) == GOLDEN / "tiny_oft" / header
     assert asked[1] == ("tanshh97/RIPT_VLA", [header, f"{header}/*"])

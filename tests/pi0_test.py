@@ -398,6 +398,11 @@ def test_a_wrong_checkpoint_is_told_in_a_sentence(kind, words, tmp_path):
         Pi0.load(ript.Config(suite="libero_object", task=0, device="cpu", checkpoint=str(tmp_path / "pi0")))
     assert len(str(error.value)) < 1000
 
+def test_pi0_refuses_settings_that_it_would_ignore():
+    for name, value in dict(adapter="runs/pi0/last", scale_head="head.pth", attention_mode="prompt").items():
+        with pytest.raises(ript.UserError, match=f"--{name} is not for --model pi0"):
+            Pi0.load(ript.Config(model="pi0", suite="libero_object", device="cpu", **{name: value}))
+
 def test_wrong_paths_and_a_wrong_expert_are_told_in_a_sentence(released, policy, tmp_path):
     with pytest.raises(ript.UserError, match="nowhere"):
         Pi0.from_pretrained(tmp_path / "nowhere")

@@ -311,6 +311,16 @@ def test_quest_names_the_released_file_of_a_suite_and_says_when_it_cannot_be_fet
     with pytest.raises(ript.UserError, match="quest/LIBERO_90_sft.pth"):
         QueST.load(ript.Config(device="cpu", suite="libero_90"))
 
+def test_quest_refuses_settings_that_it_would_ignore_and_a_resume_with_another_density(monkeypatch):
+    for name, value in dict(adapter="runs/quest/last", scale_head="head.pth", scale_multiplier=5.0,
+                            attention_mode="prompt").items():
+        with pytest.raises(ript.UserError, match=f"--{name} is not for --model quest"):
+            QueST.load(ript.Config(model="quest", device="cpu", checkpoint=str(SFT_FILE), **{name: value}))
+    policy = tiny_quest()
+    released = ript.fingerprint(policy, False)
+    monkeypatch.setattr(policy, "top_k", 0)
+    assert ript.fingerprint(policy, False) != released
+
 # ----------------------------------------------------------------------------------------------- the protocol
 def test_quest_acts_in_the_environments_units_and_scores_what_it_drew(features):
     policy, raw = tiny_quest(), [random_raw(seed) for seed in range(3)]

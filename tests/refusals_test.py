@@ -324,6 +324,12 @@ def test_a_launchers_variables_that_do_not_fit_are_refused(monkeypatch, variable
     assert module.cores() >= 0
 
 
+def test_several_processes_do_not_share_a_gpu(monkeypatch):
+    module = launched_with(monkeypatch, **WHOLE | dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2"))
+    with pytest.raises(module.UserError, match="must be cuda or cpu for several processes, .* got cuda:1"):
+        module.init_distributed("cuda:1")
+
+
 @pytest.mark.parametrize("variables", [dict(), WHOLE, dict(RANK="0"), dict(MASTER_ADDR="here")])
 def test_a_single_process_needs_no_launcher(monkeypatch, variables):
     module = launched_with(monkeypatch, **variables)
@@ -387,7 +393,7 @@ def test_missing_meshes_a_device_without_numbers_and_an_unknown_experiment_get_a
     (tmp_path / "assets").mkdir()
     environment.check_meshes()
     with pytest.raises(ript.UserError, match="cannot use --device meta: .*meta"):
-        ript.check(toy_config(device="meta", out=tmp_path / "new"))
+        ript.init_distributed("meta")
     monkeypatch.setattr(sys, "argv", ["bandit.py", "rejection"])
     with pytest.raises(ript.UserError, match="takes no name"):
         bandit.main()

@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+import shlex
 import shutil
 
 import ript  # before torch is: it says how OpenMP's threads wait
@@ -113,6 +114,14 @@ def test_stage_2_writes_the_policy_that_stage_3_starts_from(tmp_path):
     assert statistics["action"] == Tiny.STATISTICS["action"]  # its actions are in -1..1 as they are
     low, high = (statistics["proprio"][bound][2] for bound in ("q01", "q99"))
     assert 0.8 < low < high < 1.2  # the hand's height, metres
+
+
+def test_the_command_that_stage_2_prints_is_one_that_stage_3_takes(tmp_path):
+    words = "--suite", "libero_goal", "--task", 3, "--demos", tmp_path, "--collision", "false", "--out", "sft"
+    printed = shlex.split(sft.next_command(demo_config(*words)))
+    assert printed[:2] == ["python", "ript.py"]
+    cfg = ript.parse_config(printed[2:])
+    assert (cfg.task, cfg.collision, cfg.demos, cfg.checkpoint) == (3, False, str(tmp_path), "sft")
 
 
 def test_the_7bs_scale_head_is_fitted_alone_and_saved_in_the_released_form(no_simulators, tmp_path):
