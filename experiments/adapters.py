@@ -8,7 +8,8 @@
 
 The policy is the laptop's as ript.py has the 7B: its base in bfloat16, adapters of rank 32 and both heads in
 float32, two passes of which the second has gradient, and the decoder's adapters and the action head train.
-All arms of a seed begin with the same policy, and their first rollouts are the same.
+All arms of a seed begin with the same policy, which one of them rounds; the first rollouts of the others are
+the same.
 """
 import sys
 from pathlib import Path
