@@ -577,11 +577,11 @@ def test_what_is_kept_is_the_first_groups_with_signal_whatever_the_timing(reques
 def test_a_rank_takes_every_second_group_and_keeps_its_share(simulators, stream, monkeypatch, rank):
     monkeypatch.setattr(ript, "WORLD", 2)
     monkeypatch.setattr(ript, "RANK", rank)
-    monkeypatch.setattr(ript, "all_gather", lambda value: [value, value])
+    monkeypatch.setattr(ript, "all_gather", lambda value: [value, value + 3 if type(value) is int else value])
     episodes, _, state = collected(simulators, sometimes, groups=4, max_rejected=16)
     mine = [number for number in stream if number % 2 == rank][:2]
     assert [episode.group for episode in episodes[::4]] == mine
-    assert state.group == mine[-1] - rank + 2  # where all ranks go on
+    assert state.group == mine[-1] - rank + 2 + 2 * 3  # all go on beyond the one that drew three groups more
 
 
 # ----------------------------------------------------------------------------------- update, lines 15-17
@@ -784,6 +784,7 @@ def test_a_groups_own_learning_rate_is_kept_and_anneals_as_the_default_does(monk
 
     def update(policy, optimizer, episodes, cfg, state):
         rates.append([group["lr"] for group in optimizer.param_groups])
+        assert [group["betas"] for group in optimizer.param_groups] == 2 * [(0, 0.999)]
         return dict(loss=0.0)
 
     monkeypatch.setattr(ript, "load_policy", lambda name: Grouped)
@@ -950,6 +951,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
     writers = dict(text=lambda path: path.write_text("x" * 10 ** 6), pt=lambda path: torch.save(big, path))
     for suffix, writer in writers.items():
         path = tmp_path / f"file.{suffix}"
+        path.with_name(f"{path.name}.tmp").mkdir()  # left by a run that was killed
         with ript.writing(path) as temporary:
             temporary.write_text("first")
         limit(100_000)

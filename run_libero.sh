@@ -15,7 +15,10 @@ active="${VIRTUAL_ENV:-}${CONDA_PREFIX:-}"
 if [ -z "$active" ]; then
     if [ ! -x "$here/.venv/bin/python" ]; then
         suits python3 || die "Python 3.11 or 3.12 is needed, python3 is $(python3 --version 2>&1 | tail -n 1)"
-        python3 -m venv "$here/.venv" || die "python3 -m venv failed: install Python 3.11 or 3.12 with venv"
+        if ! python3 -m venv "$here/.venv"; then
+            rm -rf "$here/.venv"  # without pip it would be of no use to the next call
+            die "python3 -m venv failed: install Python 3.11 or 3.12 with venv"
+        fi
     fi
     export VIRTUAL_ENV="$here/.venv" PATH="$here/.venv/bin:$PATH"
 fi
@@ -81,7 +84,7 @@ if [ $# = 0 ]; then
     [ -e runs/tabletop_sft/config.json ] || python scripts/sft.py --suite tabletop
     echo "2 of 3: stage 3, RIPT, into runs/tabletop"
     run=(--out runs/tabletop)
-    [ ! -e runs/tabletop/run.pt ] || run=(--resume runs/tabletop)
+    [ ! -e runs/tabletop/config.json ] || run=(--resume runs/tabletop)
     python ript.py "${run[@]}"
     echo "3 of 3: the report"
     exec python scripts/report.py runs/tabletop

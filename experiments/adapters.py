@@ -44,12 +44,15 @@ class Adapted(Tiny):
 
     @classmethod
     def load(cls, cfg):
-        """The policy of cfg.checkpoint, with a base in bfloat16 and new adapters."""
-        policy = super().load(cfg)
+        """The policy of cfg.checkpoint, with a base in bfloat16 and adapters: those of cfg.adapter, or new."""
+        policy = super().load(replace(cfg, adapter=""))
         for name, p in policy.named_parameters():
             if not is_adapter_or_head(name):
                 p.data = p.data.bfloat16()
-        policy.add_lora()
+        if cfg.adapter:
+            policy.read_adapter_folder(Path(cfg.adapter))
+        else:
+            policy.add_lora()
         policy.train_only(cls.trained)
         return policy
 
@@ -150,7 +153,7 @@ def figure(name, seeds):
     plot_curves(RESULTS / name / "curve.png", panels)
 
 def experiment(name, seeds):
-    """Run what is missing of an experiment; print its table and draw its figure."""
+    """Run what is missing of an experiment; print its table and, with the usual seeds, draw its figure."""
     _, arms, _ = EXPERIMENTS[name]
     for seed in seeds:
         for arm in arms:
@@ -161,7 +164,8 @@ def experiment(name, seeds):
     for arm in arms:
         for seed in seeds:
             print_row(ARMS[arm][0], seed, *cells_of(name, arm, seed))
-    figure(name, seeds)
+    if seeds == EXPERIMENTS[name][-1]:
+        figure(name, seeds)
 
 # ---------------------------------------------------------------------------------------- within one update
 class Watch:
@@ -204,8 +208,8 @@ def steps(seeds):
             episodes, _ = ript.collect(Adapted.load(cfg), simulators, context_of, ript.TrainState(), cfg)
         for arm in STEPS:
             rows += [dict(arm=arm, seed=seed) | row for row in steps_of(arm, cfg, episodes)]
-    path = RESULTS / "adapters/steps.csv"
-    write_csv(path, rows)
+    if seeds == EXPERIMENTS["adapters"][-1]:
+        write_csv(RESULTS / "adapters/steps.csv", rows)
     print_header("", "step", "outside", "KL", "change, std", "true change", "rounding")
     for arm in STEPS:
         for number in sorted({row["step"] for row in rows if row["arm"] == arm}):

@@ -28,6 +28,7 @@ def run_once(out: Path, script: str, *arguments, quiet: bool = False) -> Path:
     if (out / "done").exists():
         return out
     place = "--out"
+    ript.require(not report.is_running(out), f"another run is using {out}: wait for its end")
     if script in BEGIN_AGAIN:
         shutil.rmtree(out, ignore_errors=True)
     elif (out / "config.json").exists() or (out / "run.pt").exists():

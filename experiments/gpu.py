@@ -374,7 +374,7 @@ def pictures(bench):
 
 def collectives(bench):
     """NCCL with one rank: the project's collectives"""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+    os.environ.update(ript.LAUNCH | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="0"))
     ript.WORLD = 2  # alone, ript calls no collective; with a 2 here it does, in a group of one
     try:
         ript.init_distributed(bench.device)

@@ -19,7 +19,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import asyncio
-import multiprocessing
 import time
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -309,7 +308,8 @@ def collect():
                                    ript.TrainState(), seeded)
                 print(f"policy {seconds * 1000:.0f} ms  seed {seed}  rollouts {stats['rollouts']}  "
                       f"kept {stats['kept']}  seconds {time.perf_counter() - began:.1f}", flush=True)
-    print(f"simulators left behind: {len(multiprocessing.active_children())}")
+    left = sum(simulator.process.poll() is None for simulator in simulators.all)
+    print(f"simulators left behind: {left}")
 
 class Noisy(LiberoObject):
     """LIBERO-Object without pictures, whose expert acts under the noise of exploration."""

@@ -151,7 +151,10 @@ def gpu_memory() -> dict[str, tuple[float, float]]:
     if not shutil.which("nvidia-smi"):
         return {}
     query = ["nvidia-smi", "--query-gpu=index,memory.used,memory.total", "--format=csv,noheader,nounits"]
-    rows = subprocess.run(query, capture_output=True, text=True).stdout
+    try:
+        rows = subprocess.run(query, capture_output=True, text=True, timeout=10).stdout
+    except subprocess.TimeoutExpired:  # as where a GPU is broken
+        return {}
     found = re.findall(r"^(\d+), (\d+), (\d+)$", rows, re.MULTILINE)
     return {index: (int(used) / 1024, int(total) / 1024) for index, used, total in found}
 

@@ -288,22 +288,23 @@ def read_results(run, cfg, contexts) -> dict[str, list]:
 
 class Page:
     """The file report.html of a run, which may still be going on."""
-    def __init__(self, run, cfg, contexts):
-        self.run, self.cfg, self.contexts = run, cfg, contexts
+    def __init__(self, run):
+        self.run = run
         self.evaluations = {}  # all that this object has seen: a run keeps its first and its last one
 
     def write(self, running):
         """Write it as the run's files are now."""
+        cfg = ript.load_config(self.run)  # which a run writes when its policy is loaded
+        contexts = ript.evaluation_contexts(cfg)
         history = read_history(self.run)
         results = {}
-        if not (running and self.cfg.eval):  # what an evaluation finds of an earlier one is not its own
-            results = read_results(self.run, self.cfg, self.contexts)
+        if not (running and cfg.eval):  # what an evaluation finds of an earlier one is not its own
+            results = read_results(self.run, cfg, contexts)
         evaluated = [row["iteration"] for row in history if "eval_success" in row]
         titles = dict(SFT="SFT", success="success", RIPT=f"iteration {max(evaluated, default=0)}")
         self.evaluations |= {titles[name]: column for name, column in results.items()}
-        lines = what_it_is(self.run, self.cfg, self.contexts)
-        lines += beside_the_paper(self.cfg, self.contexts, results)
-        text = page(self.run, self.cfg, lines, self.contexts, self.evaluations, history, running)
+        lines = what_it_is(self.run, cfg, contexts) + beside_the_paper(cfg, contexts, results)
+        text = page(self.run, cfg, lines, contexts, self.evaluations, history, running)
         with ript.writing(self.run / "report.html") as file:
             file.write_text(text)
 
@@ -337,11 +338,12 @@ def main(argv=None):
         cfg = ript.load_config(run)
     except ript.UserError as error:
         raise ript.UserError(f"{run} is not the directory of a run: {error}") from error
-    contexts = ript.evaluation_contexts(cfg)
-    its_page = Page(run, cfg, contexts)
+    its_page = Page(run)
     events = Events(run, cfg) if "--tensorboard" in argv else None
     if "--follow" in argv:
         follow(run, its_page, events)
+        cfg = ript.load_config(run)
+    contexts = ript.evaluation_contexts(cfg)
     results = read_results(run, cfg, contexts)
     ript.require(results, f"there is no evaluation in {run}")
     history = read_history(run)
@@ -365,7 +367,8 @@ def main(argv=None):
     its_page.write(is_running(run))
     if "--no_video" not in argv:
         _, evaluated = read_outcomes(run / f"evaluation_{[*results][-1]}.json", cfg)
-        write_videos(run, cfg, contexts, evaluated)
+        with ript.trying("the videos (--no_video leaves them out)", "make"):
+            write_videos(run, cfg, contexts, evaluated)
         its_page.write(is_running(run))
     print(f"wrote report.html and its parts into {run}")
 

@@ -110,6 +110,9 @@ MISTAKES_OF_STAGE_2 = [
     ("--sft_lr 0", "--sft_lr must be a number above 0"),
     ("--sft_steps 0 --scale_steps 0", "nothing to do"),
     ("--resume {tmp}/none", "{tmp}/none"),
+    ("--adapter {tmp}/file", "--adapter is for ript.py: stages 1 and 2 have no use for it"),
+    ("--eval", "--eval is for ript.py: stages 1 and 2 have no use for it"),
+    ("--model openvla-oft --suite libero_goal --sft_steps 5", "--sft_steps must be 0 for openvla-oft"),
     ("--sft_step 3", "unrecognized arguments")]
 
 

@@ -1,6 +1,7 @@
 """Tests of experiments/critic.py, at toy size: python -m pytest -q tests/critic_test.py"""
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -220,6 +221,13 @@ def test_with_leave_one_out_as_its_advantage_the_update_is_that_of_ript_to_the_l
     assert any(not torch.equal(start[name], weights[0][name]) for name in start)
 
 
-def test_replacement_and_resume_are_refused(tmp_path):
+def test_replacement_resume_and_several_processes_are_refused(tmp_path, monkeypatch):
+    cfg = config(tmp_path)
     with pytest.raises(ript.UserError, match="needs --max_rejected 0"):
-        critic.Critic.load(config(tmp_path, "--max_rejected", 2))
+        critic.Critic.load(replace(cfg, max_rejected=2))
+    with pytest.raises(ript.UserError, match="without --resume"):
+        critic.Critic.load(replace(cfg, resume="runs/critic"))
+    critic.Critic.load(cfg)
+    monkeypatch.setattr(ript, "WORLD", 2)
+    with pytest.raises(ript.UserError, match="one process"):
+        critic.Critic.load(cfg)

@@ -65,6 +65,22 @@ def test_an_interrupted_evaluation_goes_on_and_an_interrupted_stage_2_begins_aga
     assert commands[1] == ["--out", str(tmp_path / "sft")]
 
 
+def test_what_another_process_works_on_is_left_alone(tmp_path):
+    out = tmp_path / "sft"
+    with ript.lock_run_dir(out):
+        (out / "model.safetensors").touch()
+        with pytest.raises(ript.UserError, match="another run is using .*sft: wait for its end"):
+            common.run_once(out, "scripts/sft.py")
+        assert (out / "model.safetensors").exists()
+
+
+def test_a_table_of_other_seeds_takes_no_others_place(tmp_path):
+    ablations.keep_table(tmp_path / "table.csv", [dict(seed=0)], [0])
+    assert not (tmp_path / "table.csv").exists()
+    ablations.keep_table(tmp_path / "table.csv", [dict(seed=0)], [0, 1, 2])
+    assert common.read_csv(tmp_path / "table.csv") == [dict(seed="0")]
+
+
 @pytest.mark.parametrize("program,words", [
     (ablations, "nothing"), (ablations, "tabletop nothing"), (ablations, "tabletop --seeds x"),
     (ablations, "senses nothing"), (critic, "nothing"), (critic, "critic nothing"), (flow, "nothing"),

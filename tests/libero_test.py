@@ -17,14 +17,18 @@ from tests.conftest import (GOLDEN, LORA, config, flat_state, libero_or_skip, ro
 
 
 @pytest.mark.parametrize("suite,task", [("libero_goal", 1), ("libero_10", 2)])
-def test_libero_resets_softly_to_the_stored_state_at_every_episode(suite, task):
+def test_libero_resets_softly_to_the_stored_state_at_every_episode(monkeypatch, suite, task):
     """The fixtures of these scenes are placed by the seed, and are no part of the state."""
     libero_or_skip()
     simulator = load_suite(suite)(64, True)
     contexts = ript.evaluation_contexts(config("--suite", suite, "--task", task, "--eval_contexts", 2))
-    states = []
+    states, steps = [], []
+    control_step = simulator.control_step
+    monkeypatch.setattr(simulator, "control_step", lambda action: (steps.append(action), control_step(action)))
     for context in (contexts[0], contexts[1], contexts[0]):
+        steps.clear()
         simulator.reset(context)
+        assert np.array_equal(steps, [[0, 0, 0, 0, 0, 0, -1]] * 10)  # while things settle, the hand is open
         seen = simulator.step(np.random.default_rng(0).uniform(-1, 1, (16, 7))).observation
         states.append((flat_state(simulator), simulator.env.sim.model.body_pos.copy(), seen))
     simulator.env.close()

@@ -1,13 +1,14 @@
 """The claims of scripts/preflight.py: it goes through a run, its resume and its evaluation, and says so."""
 import os
 import re
+import subprocess
 
 import ript  # before torch is: it says how OpenMP's threads wait
 
 import pytest
 
 from scripts import preflight
-from tests.conftest import PRETRAINED, ROOT, config, launch, other_sentences
+from tests.conftest import PRETRAINED, ROOT, children_of, config, launch, other_sentences
 
 TABLETOP = ["--device", "cpu", "--workers", "1", "--checkpoint", str(PRETRAINED)]
 TOY = ["--model", f"{ROOT}/ript_test.py:ToyPolicy", "--suite", f"{ROOT}/ript_test.py:ToySuite",
@@ -85,6 +86,14 @@ def test_a_part_that_fails_gives_its_own_sentence(tmp_path):
     assert peaks.policy > 0.05 < peaks.together
 
 
+def test_a_part_that_hangs_is_ended_and_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(preflight.LIMITS, "probe", 1)  # it takes longer to start
+    before = children_of(os.getpid())
+    with pytest.raises(ript.UserError, match="the title: no end after 1 s, do processes wait for each other"):
+        preflight.run_part("the title", 1, "probe", TOY, preflight.Peaks(), tmp_path)
+    assert set(children_of(os.getpid())) <= set(before)
+
+
 def rows(*numbers):
     return [dict(iteration=number, rollouts=16, seconds_rollouts=32, seconds_update=8) if number else
             dict(iteration=0, eval_success=0.5) for number in numbers]
@@ -120,6 +129,12 @@ def test_the_memory_of_gpus_is_what_nvidia_smi_says(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert preflight.gpu_memory() == {"0": (2, 80), "1": (1, 80)}
     program.write_text("#!/bin/sh\necho 'No devices were found'\nexit 6\n")
+    assert preflight.gpu_memory() == {}
+
+    def hang(command, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", hang)
     assert preflight.gpu_memory() == {}
 
 

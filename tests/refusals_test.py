@@ -132,6 +132,11 @@ def test_a_policy_that_lacks_a_method_is_refused_before_anything_starts(monkeypa
         monkeypatch.setattr(ript, "load_policy", lambda model: type("Lacking", (nn.Module,), methods))
         with pytest.raises(ript.UserError, match=name):
             ript.check(ript.Config(**TOY, out="nowhere"))
+    # Simulators' processes call preprocess, and have no policy.
+    unbound = type("Unbound", (ToyPolicy,), dict(preprocess=lambda self, raw: raw))
+    monkeypatch.setattr(ript, "load_policy", lambda model: unbound)
+    with pytest.raises(ript.UserError, match="preprocess is a class method"):
+        ript.check(ript.Config(**TOY, out="nowhere"))
 
 
 TASKLESS = dict(no_instructions=dict(INSTRUCTIONS=()), one_text=dict(INSTRUCTIONS="go left"),
@@ -205,6 +210,9 @@ def test_an_output_directory_is_new_or_was_begun_by_a_run_of_its_kind(finished, 
     assert say("new") is None and say("a/new/one") is None
     (tmp_path / "policy").mkdir()
     assert say("policy") is None  # it is empty
+    (tmp_path / "policy/config.json.tmp").mkdir()
+    assert say("policy") is None  # and so it is where a run was killed at its first file
+    (tmp_path / "policy/config.json.tmp").rmdir()
     (tmp_path / "policy/model.safetensors").write_text("")
     assert "must name a new directory: 'policy' has ['model.safetensors']" in say("policy")
     assert "must name a new directory: ''" in say("")
@@ -321,7 +329,6 @@ def test_a_launchers_variables_that_do_not_fit_are_refused(monkeypatch, variable
     module = launched_with(monkeypatch, **variables)
     with pytest.raises(module.UserError, match="the environment has .* torchrun would set otherwise"):
         module.init_distributed("cpu")
-    assert module.cores() >= 0
 
 
 def test_several_processes_do_not_share_a_gpu(monkeypatch):
@@ -347,8 +354,16 @@ def test_a_containers_quota_limits_the_simulators(monkeypatch, tmp_path, text, e
     assert ript.cores.__defaults__ == (Path("/sys/fs/cgroup/cpu.max"),)
 
 
-def test_a_minibatch_has_an_episode_for_each_process(monkeypatch):
+def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    module = launched_with(monkeypatch, **WHOLE | dict(WORLD_SIZE="4", LOCAL_WORLD_SIZE="4"))
+    assert module.cores(Path("nowhere")) == 16
+
+
+def test_processes_have_equal_shares_of_groups_and_an_episode_each_in_a_minibatch(monkeypatch):
     monkeypatch.setattr(ript, "WORLD", 9)
+    with pytest.raises(ript.UserError, match="--groups must be a multiple of the 9 processes"):
+        ript.check(toy_config(groups=20, minibatch=9, out="nowhere"))
     with pytest.raises(ript.UserError, match="--minibatch must be at least the number of processes, 9"):
         ript.check(toy_config(groups=18, minibatch=6, out="nowhere"))
     ript.check(toy_config(groups=18, minibatch=9, out="nowhere"))

@@ -159,8 +159,7 @@ def test_the_page_follows_a_run_until_it_ends(run):
     after = (run / "evaluation_RIPT.json").read_text()
     (run / "metrics.jsonl").unlink()
     (run / "evaluation_RIPT.json").unlink()
-    cfg = ript.load_config(run)
-    page = report.Page(run, cfg, ript.evaluation_contexts(cfg))
+    page = report.Page(run)
     assert not report.is_running(run)
     # A lock of this process is as that of another, since it is of another open file.
     with ript.lock_run_dir(run):
@@ -206,13 +205,14 @@ def test_a_second_evaluation_is_followed_from_its_start(tmp_path):
     """Its settings are there, and the outcomes are still the first one's."""
     run = evaluated(tmp_path / "run", 50, "--eval_contexts", 10)
     settings = json.loads((run / "config.json").read_text())
-    cfg = replace(ript.load_config(run), adapter="elsewhere")
     first = dict(outcomes=json.loads((run / "evaluation_success.json").read_text()), policy="", settings=settings)
     (run / "evaluation_success.json").write_text(json.dumps(first))
-    page = report.Page(run, cfg, ript.evaluation_contexts(cfg))
+    page = report.Page(run)
     page.write(True)
     text = (run / "report.html").read_text()
     assert "an evaluation, still going on" in text and "<table>" not in text
+    # An evaluation writes its settings when its policy is loaded, after the page has begun.
+    (run / "config.json").write_text(json.dumps(settings | dict(adapter="elsewhere")))
     with pytest.raises(ript.UserError, match="is of another --adapter than config.json says"):
         page.write(False)
 
@@ -220,8 +220,7 @@ def test_a_second_evaluation_is_followed_from_its_start(tmp_path):
 def test_the_page_of_a_run_that_dies_early_says_that_it_has_ended(run):
     for name in ("metrics.jsonl", "evaluation_SFT.json", "evaluation_RIPT.json"):
         (run / name).unlink()
-    cfg = ript.load_config(run)
-    page = report.Page(run, cfg, ript.evaluation_contexts(cfg))
+    page = report.Page(run)
     page.write(True)
     assert "still going on" in (run / "report.html").read_text()
     report.follow(run, page)
