@@ -90,6 +90,7 @@ if [ $# = 0 ]; then
     exec python scripts/report.py runs/tabletop
 fi
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+# With --help every process would print it.
 if [ "$gpus" -gt 0 ] && [[ " $* " != *" --help "* ]]; then
     exec python -m torch.distributed.run --standalone --nproc_per_node "$gpus" "$here/ript.py" "$@"
 fi
