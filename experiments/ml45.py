@@ -5,6 +5,7 @@
     python experiments/ml45.py settings       four settings of stage 3 on two tasks, in contexts of development
     python experiments/ml45.py starts 2 14    these tasks after stage 2, in contexts of development
     python experiments/ml45.py tasks 2 14     stages 2 and 3 of these tasks, two seeds, held-out contexts
+    python experiments/ml45.py horizon 2 14   the policies of these tasks, seed 0, with 496 control steps
     python experiments/ml45.py few_shot       one policy for five tasks, five demonstrations each, three seeds
     python experiments/ml45.py train ARGUMENTS    ript.py with these, and with noise_success in its rows
 
@@ -41,6 +42,12 @@ class Development(metaworld.ML45):
     def reset(self, context):
         """As ever, in another scene."""
         return super().reset(replace(context, seed=context.seed + 500_000))
+
+
+class Longer(metaworld.ML45):
+    """The tasks to train on, with MetaWorld's own limit in place of two and a half times the expert's steps."""
+
+Longer.HORIZON = (496,) * len(Longer.NAMES)
 
 
 class Unseen(metaworld.MetaWorld):
@@ -184,6 +191,26 @@ def tasks(numbers: list[int], seeds=(0, 1)) -> None:
     plot_curves(KEPT / "tasks.png", {SUCCESS: curves})
 
 
+def horizon(numbers: list[int]) -> None:
+    """The policies of tasks, seed 0, before and after stage 3: what a longer horizon would change. Writes
+    docs/results/metaworld/horizon.csv."""
+    rows = []
+    for task in numbers:
+        name = f"task{task}_0"
+        policies = dict(SFT=RUNS / f"ml45/{name}_sft", RIPT=RUNS / f"ml45/{name}/last")
+        for (stage, policy), usual in zip(policies.items(), kept_outcomes(KEPT, name)):
+            out = run_once(RUNS / f"ml45/{name}_longer_{stage}", "ript.py", "--eval", "--suite",
+                           f"{ROOT}/experiments/ml45.py:Longer", "--task", task, "--eval_contexts", 100,
+                           "--checkpoint", policy)
+            found, _ = report.read_outcomes(out / "evaluation_success.json", ript.load_config(out))
+            longer = [bool(won) for _, won in sorted(found.items())]
+            shares = [report.interval(sum(won), len(won)) for won in (usual, longer)]
+            steps = metaworld.ML45.HORIZON[task]
+            rows.append(dict(task=task, stage=stage, horizon=steps, success=shares[0], success_496=shares[1]))
+            print_row(*rows[-1].values())
+    write_csv(KEPT / "horizon.csv", rows)
+
+
 def few_shot(seeds=(0, 1, 2)) -> None:
     """The paper's few-shot setting in small: one policy for QueST's five tasks."""
     names = [f"few_shot_{seed}" for seed in seeds]
@@ -203,8 +230,9 @@ def few_shot(seeds=(0, 1, 2)) -> None:
         print_row(seed, *cells)
 
 
-COMMANDS = dict(experts=experts, speed=speed, settings=settings, starts=starts, tasks=tasks, few_shot=few_shot)
-OF_TASKS = "starts", "tasks"
+COMMANDS = dict(experts=experts, speed=speed, settings=settings, starts=starts, tasks=tasks, horizon=horizon,
+                few_shot=few_shot)
+OF_TASKS = "starts", "tasks", "horizon"
 
 
 def main(argv=None):
@@ -218,8 +246,8 @@ def main(argv=None):
     parser.add_argument("name", choices=COMMANDS)
     parser.add_argument("tasks", nargs="*", type=int)
     given = parser.parse_args(argv)
-    ript.require(bool(given.tasks) == (given.name in OF_TASKS), f"{' and '.join(OF_TASKS)} need numbers of tasks, "
-                 "the others have none")
+    ript.require(bool(given.tasks) == (given.name in OF_TASKS), f"{', '.join(OF_TASKS)} need numbers of tasks, the "
+                 "others have none")
     COMMANDS[given.name](*[given.tasks] if given.tasks else [])
 
 

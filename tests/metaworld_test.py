@@ -113,8 +113,8 @@ def test_contexts_of_development_are_other_scenes_and_experts_need_no_pictures()
     assert (places[0] == places[1]).all() and (places[0] != places[2]).any()
     demonstration = ml45.Unseen().demonstrate(Context(task, "", 3))
     assert demonstration.success and demonstration.observations[0] == {}
-    for words, said in {"nothing": "invalid choice: 'nothing'", "tasks": "starts and tasks need numbers of tasks",
-                        "speed 3": "the others have none"}.items():
+    for words, said in {"nothing": "invalid choice: 'nothing'", "speed 3": "the others have none",
+                        "tasks": "starts, tasks, horizon need numbers of tasks"}.items():
         with pytest.raises(ript.UserError, match=said):
             ml45.main(words.split())
 
@@ -139,3 +139,4 @@ def test_every_setting_that_is_compared_is_one_of_ript():
     for settings in ml45.SETTINGS.values():
         cfg = config(*map(str, ml45.DEVELOPMENT), "--task", "14", *settings.split())
         assert (cfg.eval_contexts, cfg.groups, ript.horizon_of(ript.load_suite(cfg.suite), 14)) == (40, 16, 224)
+    assert ript.horizon_of(ript.load_suite(f"{ml45.__file__}:Longer"), 14) == 496
