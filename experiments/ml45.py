@@ -2,7 +2,7 @@
 
     python experiments/ml45.py experts        all 50 tasks, ten seeds each: docs/results/metaworld/experts.csv
     python experiments/ml45.py speed          control steps, resets and pictures per second, beside LIBERO's
-    python experiments/ml45.py settings       four settings of stage 3 on two tasks, in contexts of development
+    python experiments/ml45.py settings       five settings of stage 3 on two tasks, in contexts of development
     python experiments/ml45.py starts 2 14    these tasks after stage 2, in contexts of development
     python experiments/ml45.py tasks 2 14     stages 2 and 3 of these tasks, two seeds, held-out contexts
     python experiments/ml45.py horizon 2 14   the policies of these tasks, seed 0, with 496 control steps
@@ -27,14 +27,23 @@ import ript
 from experiments.common import (RESULTS, ROOT, RUNS, SUCCESS, add_noise_success, curve_of, keep_results,
                                 kept_outcomes, plot_curves, print_header, print_row, read_csv, run_once,
                                 write_csv)
+from policies.tiny import Tiny
 from scripts import report
 from simulators import metaworld
 
 KEPT = RESULTS / "metaworld"
-DEVELOPMENT = "--suite", f"{ROOT}/experiments/ml45.py:Development", "--eval_contexts", 40
+HERE = f"{ROOT}/experiments/ml45.py"
+DEVELOPMENT = "--suite", f"{HERE}:Development", "--eval_contexts", 40
 # Settings of stage 3 that are compared on development contexts, beside the suite's preset.
-SETTINGS = dict(preset="", full="--scale_multiplier 1", fast="--lr 6e-4", twice="--minibatch 64")
+SETTINGS = dict(preset="", full="--scale_multiplier 1", fast="--lr 6e-4", twice="--minibatch 64",
+                decoder=f"--model {HERE}:Decoder --lr 1e-4")
 SETTINGS_TASKS = 12, 14  # door-open and drawer-open
+
+
+class Decoder(Tiny):
+    """The laptop's policy, of which the decoder learns in stage 3 as well."""
+    trained = "language_model", "action_head"
+    PRESET = dict.fromkeys(("metaworld", f"{HERE}:Development"), metaworld.ML45.PRESET["tiny"])
 
 
 class Development(metaworld.ML45):
@@ -200,7 +209,7 @@ def horizon(numbers: list[int]) -> None:
         policies = dict(SFT=RUNS / f"ml45/{name}_sft", RIPT=RUNS / f"ml45/{name}/last")
         for (stage, policy), usual in zip(policies.items(), kept_outcomes(KEPT, name)):
             out = run_once(RUNS / f"ml45/{name}_longer_{stage}", "ript.py", "--eval", "--suite",
-                           f"{ROOT}/experiments/ml45.py:Longer", "--task", task, "--eval_contexts", 100,
+                           f"{HERE}:Longer", "--task", task, "--eval_contexts", 100,
                            "--checkpoint", policy)
             found, _ = report.read_outcomes(out / "evaluation_success.json", ript.load_config(out))
             longer = [bool(won) for _, won in sorted(found.items())]

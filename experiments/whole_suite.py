@@ -1,0 +1,298 @@
+"""A whole suite of LIBERO in one policy, without a GPU: ten tasks, 50 stored states each.
+
+    python experiments/whole_suite.py starts     stage 2 with several policies, in contexts of development
+    python experiments/whole_suite.py run        stages 2 and 3, two seeds: tables and a figure by task
+    python experiments/whole_suite.py misled     these policies, told to take another thing of the same scene
+    python experiments/whole_suite.py arms       seed 0: tasks drawn by their signal; the 7B's adapters
+    python experiments/whole_suite.py train ARM ARGUMENTS    one run of an arm, as ript.py has it
+
+The suite is LIBERO-Object, where a scripted expert demonstrates. Settings were chosen in Development's
+contexts, so that the stored states stay unseen. `--seeds 0` is for one seed. Results go to
+docs/results/whole_suite.
+"""
+import sys
+from pathlib import Path
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
+import json
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+import ript
+from experiments.adapters import ONE_STEP
+from experiments.common import (RESULTS, ROOT, RUNS, curve_of, keep_results, print_header, print_row,
+                                read_csv, run_once, write_csv)
+from policies.tiny import Tiny
+from scripts import report
+from simulators.libero_experts import LiberoObject
+from simulators.scripted import TINY_IMITATION
+
+KEPT = RESULTS / "whole_suite"
+SUITE = "libero_object"
+TASKS = range(10)
+HERE = f"{ROOT}/experiments/whole_suite.py"
+DEVELOPMENT = "--suite", f"{HERE}:Development", "--eval_contexts", 10
+# Settings of stage 2 that are compared in contexts of development.
+WIDE = f"--model {HERE}:Small --image_size 64 --collision --act_batch 1"
+STARTS = dict(short=("", "--demos_per_task 4 --sft_steps 600"),
+              long=("", "--demos_per_task 4 --sft_steps 2000"),
+              small=(WIDE, "--demos_per_task 4 --sft_steps 2000"))
+# Those that were chosen: of stage 2, and of stage 3 beside the suite's preset.
+STAGE_2 = "--demos_per_task 4 --sft_steps 2000"
+STAGE_3 = "--groups 40 --max_rejected 40 --minibatch 320 --iterations 10 --eval_every 5"
+# Of each arm: what the figure calls it, and its settings beside STAGE_3.
+ARMS = dict(even=("tasks in turn", ""), signal=("tasks drawn by their signal", ""),
+            adapters=("the 7B's adapters, one step of 5e-5",
+                      f"--model {ROOT}/experiments/adapters.py:Adapted {ONE_STEP} 5e-5"))
+SEEDS = 0, 1
+
+
+class Small(Tiny):
+    """The laptop's policy with wider towers and a larger decoder: 2.1 million parameters."""
+    TOWERS = (dict(embed_dim=96, keypoints=32),) * 2
+    LLM = dict(vocab_size=259, hidden_size=192, intermediate_size=384, num_hidden_layers=3,
+               num_attention_heads=6)
+    PRESET = dict(libero_object=LiberoObject.PRESET["tiny"])
+    IMITATION = dict(libero_object=TINY_IMITATION)
+
+
+class Development(LiberoObject):
+    """LIBERO-Object in scenes that are neither stored states nor any run's: settings are chosen here."""
+    def eval_init_states(self, task, number):
+        """Fresh scenes."""
+        return [None] * number
+
+    def reset(self, context):
+        """As ever, in another scene."""
+        return super().reset(replace(context, seed=context.seed + 500_000))
+
+
+class Misled(LiberoObject):
+    """LIBERO-Object in which the policy is told to take another thing, which is in the same scene."""
+    # The first of each scene's other things, in the order of LIBERO's own file of the task.
+    OTHER = (2, 0, 4, 8, 3, 7, 5, 1, 9, 6)
+
+    def __init__(self, name="", image_size=256, collision=False):
+        super().__init__(name, image_size, collision)
+        texts = [task.language for task in self.benchmark.tasks]
+        self.INSTRUCTIONS = [texts[other] for other in self.OTHER]
+
+
+# ---------------------------------------------------------------------------------------------- one run
+def numbers_by_task(groups: list[list[ript.Episode]]) -> dict:
+    """Of each task N: its groups, those of them with signal, and its rollouts' success."""
+    found = {}
+    for task in TASKS:
+        of_task = [group for group in groups if group[0].context.task == task]
+        if of_task:
+            rewards = ript.rewards_of(of_task)
+            found |= {f"groups_{task}": len(of_task), f"kept_{task}": int(ript.has_signal(rewards).sum()),
+                      f"success_{task}": rewards.double().mean().item()}
+    return found
+
+
+def add_tasks() -> None:
+    """From now on ript.main's rows in this process have numbers_by_task and, where they have eval_success,
+    that of each task N as eval_N."""
+    rollout_stats, evaluate, save_run, found = ript.rollout_stats, ript.evaluate, ript.save_run, {}
+
+    def stats_by_task(groups):
+        return rollout_stats(groups) | numbers_by_task(groups)
+
+    def evaluate_tasks(policy, simulators, contexts, cfg, name):
+        success = evaluate(policy, simulators, contexts, cfg, name)
+        outcomes, _ = report.read_outcomes(Path(cfg.out, f"evaluation_{name}.json"), cfg)
+        for task, won in by_task(outcomes).items():
+            found[f"eval_{task}"] = sum(won) / len(won)
+        return success
+
+    def save_tasks(out, policy, optimizer, state):
+        state.history[-1] |= found
+        found.clear()
+        save_run(out, policy, optimizer, state)
+
+    ript.rollout_stats, ript.evaluate, ript.save_run = stats_by_task, evaluate_tasks, save_tasks
+
+
+def by_task(outcomes: dict) -> dict[int, list[bool]]:
+    """The outcomes of an evaluation, by their contexts' names, in lists for each task."""
+    found = {}
+    for name, won in outcomes.items():
+        _, task, _ = name.rsplit(" ", 2)
+        found.setdefault(int(task), []).append(bool(won))
+    return dict(sorted(found.items()))
+
+
+def draw_by_signal() -> None:
+    """From now on each training context of this process is of a task drawn by its share of groups with signal
+    in the last iteration, with one more of each kind so that no task is left out."""
+    training_context = ript.training_context
+
+    def drawn(number, cfg):
+        tasks = ript.tasks_of(cfg)
+        metrics = Path(cfg.out, "metrics.jsonl")
+        rows = metrics.read_text().splitlines() if metrics.exists() else ["{}"]
+        last = json.loads(rows[-1])
+        shares = [(1 + last.get(f"kept_{task}", 0)) / (2 + last.get(f"groups_{task}", 0)) for task in tasks]
+        rng = np.random.default_rng([cfg.seed, number, 1])
+        task = int(rng.choice([*tasks], p=np.array(shares) / sum(shares)))
+        return replace(training_context(number, cfg), task=task, instruction=tasks[task])
+
+    ript.training_context = drawn
+
+
+def train(arm: str, argv: list[str]) -> None:
+    """ript.py's main() for an arm, with the tasks' numbers in its rows."""
+    ript.require(arm in ARMS, f"an arm is one of {', '.join(ARMS)}")
+    add_tasks()
+    if arm == "signal":
+        draw_by_signal()
+    ript.main(argv)
+
+
+# ------------------------------------------------------------------------------------- tables and figure
+def evaluated(out: Path, *arguments) -> dict[int, list[bool]]:
+    """The outcomes of an evaluation by task, which is run where it is missing."""
+    run_once(out, "ript.py", "--eval", *arguments)
+    outcomes, _ = report.read_outcomes(out / "evaluation_success.json", ript.load_config(out))
+    return by_task(outcomes)
+
+
+def share(won: list[bool]) -> str:
+    """Successes, with their interval."""
+    return report.interval(sum(won), len(won))
+
+
+def total(outcomes: dict[int, list[bool]]) -> list[bool]:
+    """All tasks' outcomes."""
+    return [won for of_task in outcomes.values() for won in of_task]
+
+
+def starts(seeds: tuple[int, ...]) -> None:
+    """STARTS in contexts of Development, a line for each."""
+    print_header("", "all tasks", *TASKS)
+    for name, (model, settings) in STARTS.items():
+        words = *model.split(), *DEVELOPMENT, "--seed", seeds[0]
+        start = run_once(RUNS / f"whole_suite/start_{name}", "scripts/sft.py", *words, *settings.split())
+        found = evaluated(RUNS / f"whole_suite/start_{name}_eval", *words, "--checkpoint", start)
+        print_row(name, share(total(found)), *(sum(won) for won in found.values()))
+
+
+def start_of(seed: int) -> Path:
+    """The policy after stage 2 that all arms of a seed start from."""
+    return run_once(RUNS / f"whole_suite/{seed}_sft", "scripts/sft.py", "--suite", SUITE, "--seed", seed,
+                    *STAGE_2.split())
+
+
+def learn(arm: str, seed: int) -> Path:
+    """One run of stage 3, as far as it is missing: -> its directory. Its results are kept."""
+    _, settings = ARMS[arm]
+    out = run_once(RUNS / f"whole_suite/{arm}_{seed}", "experiments/whole_suite.py", "train", arm, "--suite",
+                   SUITE, "--seed", seed, *STAGE_3.split(), *settings.split(), "--checkpoint", start_of(seed))
+    keep_results(out, KEPT, f"{arm}_{seed}")
+    return out
+
+
+def outcomes_of(arm: str, seed: int, stage: str) -> dict[int, list[bool]]:
+    """What keep_results has kept of a run, by task; stage: SFT or RIPT."""
+    found = {}
+    for row in read_csv(KEPT / f"evaluation_{arm}_{seed}.csv"):
+        found.setdefault(int(row["task"]), []).append(bool(int(row[stage])))
+    return found
+
+
+def table(runs: list[tuple[str, int]]) -> None:
+    """Print a line for each task and run, and of each run all tasks."""
+    print_header("arm", "seed", "task", "SFT", "RIPT", "gained, lost, p", "groups", "with signal")
+    for arm, seed in runs:
+        before, after = (outcomes_of(arm, seed, stage) for stage in ("SFT", "RIPT"))
+        rows = [row for row in read_csv(KEPT / f"metrics_{arm}_{seed}.csv") if "rollouts" in row]
+        for task in (*TASKS, "all"):
+            pair = [total(won) if task == "all" else won[task] for won in (before, after)]
+            gained, lost, p = report.mcnemar(*pair)
+            tasks = TASKS if task == "all" else [task]
+            groups, kept = (sum(int(row.get(f"{name}_{number}", 0)) for row in rows for number in tasks)
+                            for name in ("groups", "kept"))
+            print_row(arm, seed, task, *map(share, pair), f"{gained}, {lost}, {p:.1g}", groups,
+                      f"{kept / groups:.0%}")
+        sums = {name: sum(float(row.get(name, 0)) for row in rows)
+                for name in ("rollouts", "seconds_rollouts", "seconds_update")}
+        print(", ".join(f"{name} {number:.0f}" for name, number in sums.items()))
+
+
+def figure(path: Path, runs: list[tuple[str, int]]) -> None:
+    """Draw a panel for each task: success on its stored states, and of its rollouts, against all rollouts."""
+    from matplotlib.figure import Figure
+    drawing = Figure(figsize=(13, 5.5), layout="constrained")
+    panels = drawing.subplots(2, 5, sharex=True, sharey=True).flat
+    for task, axes in zip(TASKS, panels):
+        for number, (arm, seed) in enumerate(runs):
+            metrics = read_csv(KEPT / f"metrics_{arm}_{seed}.csv")
+            title, _ = ARMS[arm]
+            held_out = curve_of(f"{title}, seed {seed}", f"o-C{number}", metrics, f"eval_{task}")
+            noisy = curve_of("its rollouts", f":C{number}", metrics, f"success_{task}")
+            for curve in (held_out, noisy):
+                axes.plot(*zip(*curve.points), curve.style, label=curve.label)
+        text = LiberoObject().INSTRUCTIONS[task]
+        axes.set(title=text.removeprefix("pick up the ").removesuffix(" and place it in the basket"),
+                 ylim=(0, 103))
+    drawing.supxlabel("rollouts of all tasks")
+    drawing.supylabel("success, %")
+    drawing.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2 * len(runs))
+    with ript.writing(path) as temporary:
+        drawing.savefig(temporary, dpi=110)
+
+
+def run(seeds: tuple[int, ...]) -> None:
+    """Stages 2 and 3 of each seed."""
+    runs = [("even", seed) for seed in seeds]
+    for arm, seed in runs:
+        learn(arm, seed)
+    table(runs)
+    figure(KEPT / "tasks.png", runs)
+
+
+def arms(seeds: tuple[int, ...]) -> None:
+    """Every arm of the first seed."""
+    runs = [(arm, seeds[0]) for arm in ARMS]
+    for arm, seed in runs:
+        learn(arm, seed)
+    table(runs)
+    figure(KEPT / "arms.png", runs)
+
+
+def misled(seeds: tuple[int, ...]) -> None:
+    """Success at the scene's own goal of policies that are told to take another thing: misled.csv."""
+    print_header("seed", "stage", "all tasks", *TASKS)
+    rows = []
+    for seed in seeds:
+        for stage, policy in dict(SFT=start_of(seed), RIPT=learn("even", seed) / "last").items():
+            found = evaluated(RUNS / f"whole_suite/misled_{seed}_{stage}", "--suite", f"{HERE}:Misled",
+                              "--eval_contexts", 10, "--checkpoint", policy)
+            cells = {f"task {task}": sum(won) for task, won in found.items()}
+            rows.append(dict(seed=seed, stage=stage, all=share(total(found)), **cells))
+            print_row(*rows[-1].values())
+    write_csv(KEPT / "misled.csv", rows)
+
+
+COMMANDS = dict(starts=starts, run=run, misled=misled, arms=arms)
+
+
+def main(argv=None):
+    """One of the commands."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"] and len(argv) > 1:
+        return train(argv[1], argv[2:])
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.error = partial(ript.require, False)
+    parser.add_argument("name", choices=COMMANDS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    given = parser.parse_args(argv)
+    COMMANDS[given.name](given.seeds)
+
+
+if __name__ == "__main__":
+    ript.run_command(main)

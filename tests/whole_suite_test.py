@@ -1,0 +1,110 @@
+"""experiments/whole_suite.py: what it records of each task, how it draws tasks, and its control."""
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ript
+from experiments import common, whole_suite
+from ript import Context, Episode
+from tests.conftest import config
+from simulators.libero_experts import LiberoObject
+
+
+def group_of(task, *successes):
+    """The episodes of a context."""
+    return [Episode(Context(task, "", 0), success=success) for success in successes]
+
+
+def test_rows_say_of_each_task_its_groups_and_its_evaluation(monkeypatch, tmp_path):
+    groups = [group_of(0, True, False), group_of(0, True, True), group_of(3, False, False)]
+    found = whole_suite.numbers_by_task(groups)
+    assert found == dict(groups_0=2, kept_0=1, success_0=0.75, groups_3=1, kept_3=0, success_3=0)
+    cfg = config("--suite", "libero_object", "--out", tmp_path)
+    outcomes = {"libero_object 0 0": 1, "libero_object 0 1": 0, "libero_object 10 0": 1,
+                "libero_object 2 0": 0}
+
+    def evaluate(policy, simulators, contexts, cfg, name):
+        found = dict(settings={}, policy="", outcomes=outcomes)
+        Path(cfg.out, f"evaluation_{name}.json").write_text(json.dumps(found))
+        return 0.5
+
+    saved = []
+    monkeypatch.setattr(ript, "evaluate", evaluate)
+    monkeypatch.setattr(ript, "save_run", lambda out, policy, optimizer, state: saved.extend(state.history))
+    monkeypatch.setattr(ript, "rollout_stats", lambda groups: dict(kept=1))
+    whole_suite.add_tasks()
+    state = ript.TrainState(history=[ript.rollout_stats(groups)])
+    assert ript.evaluate(None, None, [], cfg, "SFT") == 0.5
+    ript.save_run(tmp_path, None, None, state)
+    assert saved == [found | dict(kept=1, eval_0=0.5, eval_2=0, eval_10=1)]
+
+
+def test_tasks_with_signal_are_drawn_more_often_and_none_is_left_out(monkeypatch, tmp_path):
+    monkeypatch.setattr(ript, "training_context", ript.training_context)
+    cfg = config("--suite", "libero_object", "--out", tmp_path)
+    usual = ript.training_context
+    whole_suite.draw_by_signal()
+
+    def shares():
+        contexts = [ript.training_context(number, cfg) for number in range(400)]
+        assert contexts == [ript.training_context(number, cfg) for number in range(400)]
+        assert [context.seed for context in contexts] == [usual(number, cfg).seed for number in range(400)]
+        texts = ript.tasks_of(cfg)
+        assert all(context.instruction == texts[context.task] for context in contexts)
+        return np.bincount([context.task for context in contexts], minlength=10) / 400
+
+    assert (abs(shares() - 0.1) < 0.05).all()
+    row = {f"groups_{task}": 8 for task in range(10)}
+    row |= {f"kept_{task}": 8 * (task == 4) for task in range(10)}
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 0}\n' + json.dumps(row) + "\n")
+    found = shares()
+    assert found[4] > 0.4 and (found > 0).all()
+
+
+def test_the_control_asks_for_a_thing_that_lies_in_the_same_scene():
+    misled, suite = whole_suite.Misled(), LiberoObject()
+    for task, text in enumerate(suite.INSTRUCTIONS):
+        scene = Path(suite.benchmark.get_task_bddl_file_path(task)).read_text()
+        thing, = re.findall("pick up the (.*) and place it", misled.INSTRUCTIONS[task])
+        assert misled.INSTRUCTIONS[task] != text
+        assert re.search(rf"\(On {thing.replace(' ', '_')}_1 floor_other_object_region", scene)
+
+
+def test_every_arm_is_one_of_ript_and_development_has_other_scenes(monkeypatch):
+    for _, settings in whole_suite.ARMS.values():
+        cfg = config("--suite", "libero_object", *whole_suite.STAGE_3.split(), *settings.split())
+        assert (cfg.groups, cfg.scale_multiplier, cfg.eval_contexts, cfg.image_size) == (40, 0.5, 50, 64)
+    cfg = config(*map(str, whole_suite.DEVELOPMENT))
+    contexts = ript.evaluation_contexts(cfg)
+    assert len(contexts) == 100 and all(context.state is None for context in contexts)
+    seen = []
+    monkeypatch.setattr(LiberoObject, "reset", lambda self, context: seen.append(context.seed))
+    whole_suite.Development(image_size=16).reset(contexts[3])
+    assert seen == [500_003]
+    for words in ("nothing", "train nothing"):
+        with pytest.raises(ript.UserError, match="invalid choice|an arm is one of even, signal, adapters"):
+            whole_suite.main(words.split())
+
+
+def test_the_table_has_every_task_and_the_figure_a_panel_for_each(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(whole_suite, "KEPT", tmp_path)
+    contexts = [dict(task=number // 4, SFT=int(number % 4 < 2), RIPT=int(number % 4 < 3))
+                for number in range(40)]
+    common.write_csv(tmp_path / "evaluation_even_0.csv", contexts)
+    start = dict(iteration=0)
+    end = dict(iteration=1, rollouts=320, seconds_rollouts=9)
+    for task in range(10):
+        start[f"eval_{task}"] = 0.5
+        end |= {f"groups_{task}": 4, f"kept_{task}": 1, f"success_{task}": 0.5, f"eval_{task}": 0.75}
+    common.write_csv(tmp_path / "metrics_even_0.csv", [start, end])
+    whole_suite.table([("even", 0)])
+    *_, last, of_all, seconds = capsys.readouterr().out.splitlines()
+    assert last.startswith("| even | 0 | 9 | 2/4") and "| 3/4" in last
+    assert last.endswith("| 1, 0, 1 | 4 | 25% |")
+    assert "| all | 20/40" in of_all and "| 10, 0, 0.002 | 40 | 25% |" in of_all
+    assert seconds == "rollouts 320, seconds_rollouts 9, seconds_update 0"
+    whole_suite.figure(tmp_path / "tasks.png", [("even", 0)])
+    assert (tmp_path / "tasks.png").stat().st_size > 20_000
