@@ -65,6 +65,7 @@ POLICIES = {"tiny": "policies.tiny:Tiny", "openvla-oft": "policies.openvla_oft:O
 LIBERO = dict(libero_spatial=220, libero_object=280, libero_goal=300, libero_10=520, libero_90=400)
 SUITES = dict.fromkeys(LIBERO, "simulators.libero:FastLibero") | {
     "libero_object": "simulators.libero_experts:LiberoObject",
+    "libero_spatial": "simulators.libero_experts:LiberoSpatial",
     "tabletop": "simulators.tabletop:Tabletop", "tabletop_pretrain": "simulators.tabletop:TabletopPretrain",
     "metaworld": "simulators.metaworld:ML45", "metaworld_test": "simulators.metaworld:ML45Test",
     "metaworld_few_shot": "simulators.metaworld:FewShot"}
@@ -625,6 +626,10 @@ class Libero(Robosuite):
         # The seed places LIBERO's fixtures, which are no part of the state: a group must share them.
         self.make_env(context.task)
         np.random.seed(context.seed % 2 ** 32)
+        # LIBERO places what stands on a fixture as if the last reset had not moved the fixture from the origin.
+        fixtures = [self.env.obj_body_id[name] for name in self.env.fixtures_dict]
+        self.env.sim.model.body_pos[fixtures] = 0
+        self.env.sim.model.body_quat[fixtures] = 1, 0, 0, 0
         self.env.reset()
         if context.state is not None:
             self.env.sim.set_state_from_flattened(context.state)

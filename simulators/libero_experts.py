@@ -1,4 +1,4 @@
-"""LIBERO-Object with a scripted expert, so that small policies need no demonstrations from files."""
+"""Suites of LIBERO with scripted experts, so that small policies need no demonstrations from files."""
 import numpy as np
 
 from simulators.libero import FastLibero
@@ -33,3 +33,39 @@ class LiberoObject(Scripted, FastLibero):
         if closing or to_thing < 0.012 and hand[2] < low + 0.012:
             return self.toward(hand, low, 1)
         return self.toward(thing, low if to_thing < 0.02 else tops.max() + 0.1, -1)
+
+
+class LiberoSpatial(Scripted, FastLibero):
+    """LIBERO-Spatial: an expert for a bowl to be put on a plate, wherever it stands but in the drawer (task 4),
+    where it finds no way in."""
+    NAME = "libero_spatial"
+    PRESET = dict(tiny=LiberoObject.PRESET["tiny"] | dict(checkpoint="runs/libero_spatial_sft"))
+    IMITATION = LiberoObject.IMITATION
+    RIM = np.array([0, 0.045, 0.035])  # where the hand grips, from the bowl's middle, metres
+
+    def expert(self, closing: int) -> np.ndarray:
+        """The next action (7,): above the rim, down, close, up, to the plate, down, open."""
+        data = self.env.sim.data
+        hand = self.env._eef_xpos
+        bowl, plate = (data.body_xpos[self.env.obj_body_id[name]] for name in self.env.obj_of_interest)
+        rim = bowl + self.RIM
+        away = np.abs(rim - hand)
+        if closing >= 8 and away.max() < 0.05:  # or else the bowl has slipped away, and all begins again
+            return self.carry(hand, bowl, plate)
+        if 0 < closing < 8 or away.max() < 0.012:
+            return self.toward(rim, rim[2], 1)
+        above = rim[2] + 0.1
+        if away[:2].max() > 0.04 and hand[2] < above - 0.04:
+            return self.toward(hand, above + 0.02, -1)  # over what stands in the way
+        return self.toward(rim, rim[2] if away[:2].max() < 0.02 else above, -1)
+
+    def carry(self, hand, bowl, plate):
+        """The next action with the bowl in the hand."""
+        off = np.abs(bowl[:2] - plate[:2]).max()
+        goal = plate + hand - bowl  # the hand's place when the bowl is on the plate
+        if off < 0.02:
+            return self.toward(goal, hand[2] - 0.06, -1 if bowl[2] < plate[2] + 0.025 else 1)
+        if off > 0.04 and bowl[2] < plate[2] + 0.09:
+            return self.toward(hand, hand[2] + 0.1, 1)
+        height = plate[2] + 0.12 + self.RIM[2]
+        return self.toward(goal, max(height, hand[2]) if off > 0.1 else height, 1)
