@@ -626,7 +626,7 @@ class Libero(Robosuite):
         # The seed places LIBERO's fixtures, which are no part of the state: a group must share them.
         self.make_env(context.task)
         np.random.seed(context.seed % 2 ** 32)
-        # LIBERO places what stands on a fixture as if the last reset had not moved the fixture from the origin.
+        # LIBERO places what stands on a fixture as if the last reset had left the fixture at the origin.
         fixtures = [self.env.obj_body_id[name] for name in self.env.fixtures_dict]
         self.env.sim.model.body_pos[fixtures] = 0
         self.env.sim.model.body_quat[fixtures] = 1, 0, 0, 0

@@ -705,7 +705,7 @@ class FarFromExact(ToyPolicy):
 
 @pytest.mark.parametrize("epochs", [1, 3])
 @pytest.mark.parametrize("micro_batch", [2, 3])
-def test_without_steps_every_ratio_is_exactly_one_whatever_batches_do_to_log_probabilities(micro_batch, epochs):
+def test_without_steps_every_ratio_is_exactly_one_whatever_the_batches(micro_batch, epochs):
     policy = FarFromExact()
     stats = updated(policy, made_up_episodes(policy), torch.optim.SGD(policy.parameter_groups(), lr=0.0),
                     minibatch=4, micro_batch=micro_batch, ppo_epochs=epochs)

@@ -4,8 +4,9 @@
     python experiments/ablations.py k4 k16           stages 2 and 3 of each, where runs/ablations lacks them
     python experiments/ablations.py bowl --seeds 0   with these seeds in place of 0, 1 and 2
     python experiments/ablations.py tabletop half half_lr quarter quarter_lr     fewer groups per iteration
-    python experiments/ablations.py tabletop grpo    GRPO's advantage; libero libero_grpo: on LIBERO-Object
-    python experiments/ablations.py senses NAME      the policies of tabletop (misled, blind) or one_scene (misled)
+    python experiments/ablations.py tabletop grpo    GRPO's advantage
+    python experiments/ablations.py libero_loo libero_grpo --seeds 1 2 3     the same on LIBERO-Object
+    python experiments/ablations.py senses NAME      the policies of tabletop or one_scene, misled or blind
     python experiments/ablations.py imitation        other ways to spend the tabletop's time: more of stage 2
     python experiments/ablations.py offsets          how the start depends on the offset of the worn arm
     python experiments/ablations.py passes           N optimiser steps on the same rollouts: where it breaks
@@ -70,6 +71,7 @@ EXPERIMENTS = dict(
     # 4 demonstrations per instruction, 4 iterations
     libero=("--suite libero_object --task 0", "", ""),
     libero_none=("--suite libero_object --task 0", "", "--max_rejected 0"),  # nothing is replaced
+    libero_loo=("--suite libero_object --task 0", "", ""),  # leave-one-out, beside GRPO's advantage
     libero_grpo=("--suite libero_object --task 0", "", ""),
     # With four demonstrations, no rollout of 16 in training contexts succeeds in task 1 and on the bowl.
     object_1=("--suite libero_object --task 1", "--demos_per_task 10", ""),
@@ -82,7 +84,7 @@ EXPERIMENTS = dict(
 SCRIPTS = dict(grpo="experiments/grpo.py", libero_grpo="experiments/grpo.py")
 # Of an experiment: the one whose stage 2 it begins with, where the settings are the same.
 START_OF = dict.fromkeys(("half", "half_lr", "quarter", "quarter_lr", "grpo"), "tabletop")
-START_OF["libero_grpo"] = "libero"
+START_OF |= dict.fromkeys(("libero_loo", "libero_grpo"), "libero")
 # Of an experiment: suites in which its policies are evaluated again, and what is different there.
 SENSES = dict(
     tabletop={"as it is": "tabletop", "other instruction": f"{TABLETOP_SUITES}:Misled",

@@ -4,7 +4,7 @@
     python experiments/adapters.py libero     LIBERO-Object's task 0: three arms, two seeds
     python experiments/adapters.py steps      within one update: how far each optimiser step moves the policy
     python experiments/adapters.py --seeds 0  with these seeds in place of the usual ones
-    python experiments/adapters.py train ARM --checkpoint DIR ARGUMENTS    one run of an arm, as ript.py has it
+    python experiments/adapters.py train ARM --checkpoint DIR ARGUMENTS    one run, as ript.py has it
 
 The policy is the laptop's as ript.py has the 7B: its base in bfloat16, adapters of rank 32 and both heads in
 float32, two passes of which the second has gradient, and the decoder's adapters and the action head train.
@@ -44,7 +44,7 @@ class Adapted(Tiny):
 
     @classmethod
     def load(cls, cfg):
-        """The policy of cfg.checkpoint, with a base in bfloat16 and adapters: those of cfg.adapter, or new."""
+        """The policy of cfg.checkpoint, its base in bfloat16, with adapters: those of cfg.adapter, or new."""
         policy = super().load(replace(cfg, adapter=""))
         for name, p in policy.named_parameters():
             if not is_adapter_or_head(name):

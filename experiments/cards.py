@@ -58,7 +58,7 @@ def read_printed(path: Path) -> list[dict]:
     rows = [dict(measure=name, batch=int(batch), value=float(value), file=path.name)
             for name, pattern in LINES.items()
             for batch, value in re.findall(rf"^ *{pattern}", text, re.MULTILINE)]
-    ript.require("H100" in text.split("\n")[0], f"{path} is not of an H100, from which the other cards follow")
+    ript.require("H100" in text.split("\n")[0], f"{path} is not of an H100, which the other cards follow")
     missing = LINES.keys() - {row["measure"] for row in rows}
     ript.require(not missing, f"{path} has no line of gpu.py for {', '.join(sorted(missing))}")
     return rows

@@ -45,7 +45,7 @@ def memory_gb(out: Path) -> float:
     return float((out / "done").read_text())
 
 def keep_results(out: Path, folder: Path, ending: str) -> None:
-    """Write metrics.csv and evaluation.csv of a run, and copy them to folder as metrics_ENDING.csv and so on."""
+    """Write metrics.csv and evaluation.csv of a run, and copy them, as metrics_ENDING.csv, to folder."""
     report.main([str(out), "--no_video"])
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("metrics", "evaluation"):

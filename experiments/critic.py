@@ -197,7 +197,8 @@ def main(argv=None):
         ript.collect, ript.update = collect, update
         return ript.main(["--model", f"{__file__}:Critic", *argv[1:]])
     name = argv[0] if argv else "critic"
-    ript.require(name in EXPERIMENTS and len(argv) < 2, f"say which experiment, of {', '.join(EXPERIMENTS)}, or train")
+    ript.require(name in EXPERIMENTS and len(argv) < 2,
+                 f"say which experiment, of {', '.join(EXPERIMENTS)}, or train")
     experiment(name)
 
 if __name__ == "__main__":

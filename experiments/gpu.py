@@ -687,8 +687,8 @@ def main(argv=None):
         enough = free >= 20 or options.tiny
         ript.require(enough, f"the rehearsal needs 20 GiB of free memory, {free:.1f} are free")
     else:
-        ript.require(options.device == "cuda" or options.tiny, "there is no GPU; --tiny measures a small policy, "
-                     "--rehearsal is the 7B on a CPU")
+        ript.require(options.device == "cuda" or options.tiny,
+                     "there is no GPU; --tiny measures a small policy, --rehearsal is the 7B on a CPU")
     print(f"{torch.cuda.get_device_name() if options.device == 'cuda' else 'CPU'}, torch {torch.__version__}")
     if options.tiny:
         torch.set_num_threads(1)  # so little work is forty times slower in two threads, where others run too

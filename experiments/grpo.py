@@ -1,8 +1,8 @@
 """ript.py with GRPO's advantage in place of leave-one-out: each group's is divided by its standard deviation.
 
     python experiments/grpo.py ARGUMENTS                 one run, with ript.py's arguments
-    python experiments/ablations.py tabletop grpo        both advantages, three seeds
-    python experiments/ablations.py libero libero_grpo   the same on LIBERO-Object's task 0
+    python experiments/ablations.py tabletop grpo             both advantages, three seeds
+    python experiments/ablations.py libero_loo libero_grpo    the same on LIBERO-Object's task 0
 
 Leave-one-out is K / (K - 1) times the reward minus the group's mean. The division gives the rewards of every
 group one variance. So a group in which one rollout of eight succeeds, or one fails, counts 1.5 times as much,

@@ -2,7 +2,7 @@
 
     python experiments/ml45.py experts        all 50 tasks, ten seeds each: docs/results/metaworld/experts.csv
     python experiments/ml45.py speed          control steps, resets and pictures per second, beside LIBERO's
-    python experiments/ml45.py settings       five settings of stage 3 on two tasks, in contexts of development
+    python experiments/ml45.py settings       settings of stage 3 on two tasks, in contexts of development
     python experiments/ml45.py starts 2 14    these tasks after stage 2, in contexts of development
     python experiments/ml45.py tasks 2 14     stages 2 and 3 of these tasks, two seeds, held-out contexts
     python experiments/ml45.py horizon 2 14   the policies of these tasks, seed 0, with 496 control steps
@@ -47,14 +47,14 @@ class Decoder(Tiny):
 
 
 class Development(metaworld.ML45):
-    """The tasks to train on, in contexts that are neither held out nor any run's: settings are chosen here."""
+    """The tasks to train on, in contexts that are neither held out nor any run's, to choose settings in."""
     def reset(self, context):
         """As ever, in another scene."""
         return super().reset(replace(context, seed=context.seed + 500_000))
 
 
 class Longer(metaworld.ML45):
-    """The tasks to train on, with MetaWorld's own limit in place of two and a half times the expert's steps."""
+    """The tasks to train on, with MetaWorld's own limit in place of a multiple of the expert's steps."""
 
 Longer.HORIZON = (496,) * len(Longer.NAMES)
 
@@ -255,8 +255,8 @@ def main(argv=None):
     parser.add_argument("name", choices=COMMANDS)
     parser.add_argument("tasks", nargs="*", type=int)
     given = parser.parse_args(argv)
-    ript.require(bool(given.tasks) == (given.name in OF_TASKS), f"{', '.join(OF_TASKS)} need numbers of tasks, the "
-                 "others have none")
+    ript.require(bool(given.tasks) == (given.name in OF_TASKS),
+                 f"{', '.join(OF_TASKS)} need numbers of tasks, the others have none")
     COMMANDS[given.name](*[given.tasks] if given.tasks else [])
 
 

@@ -6,8 +6,8 @@
     python experiments/whole_suite.py arms       seed 0: tasks drawn by their signal; the 7B's adapters
     python experiments/whole_suite.py train ARM ARGUMENTS    one run of an arm, as ript.py has it
 
-The suite is LIBERO-Object, where a scripted expert demonstrates. Settings were chosen in Development's
-contexts, so that the stored states stay unseen. `--seeds 0` is for one seed. Results go to
+The suite is libero_object or, with `--suite libero_spatial`, that one; scripted experts demonstrate. Settings
+were chosen in fresh scenes, so that the stored states stay unseen. `--seeds 0` is for one seed. Results go to
 docs/results/whole_suite.
 """
 import sys
@@ -18,6 +18,7 @@ import argparse
 import json
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,14 +28,12 @@ from experiments.common import (RESULTS, ROOT, RUNS, curve_of, keep_results, pri
                                 read_csv, run_once, write_csv)
 from policies.tiny import Tiny
 from scripts import report
-from simulators.libero_experts import LiberoObject
+from simulators.libero_experts import LiberoObject, LiberoSpatial
 from simulators.scripted import TINY_IMITATION
 
 KEPT = RESULTS / "whole_suite"
-SUITE = "libero_object"
 TASKS = range(10)
 HERE = f"{ROOT}/experiments/whole_suite.py"
-DEVELOPMENT = "--suite", f"{HERE}:Development", "--eval_contexts", 10
 # Settings of stage 2 that are compared in contexts of development.
 WIDE = f"--model {HERE}:Small --image_size 64 --collision --act_batch 1"
 STARTS = dict(short=("", "--demos_per_task 4 --sft_steps 600"),
@@ -55,12 +54,12 @@ class Small(Tiny):
     TOWERS = (dict(embed_dim=96, keypoints=32),) * 2
     LLM = dict(vocab_size=259, hidden_size=192, intermediate_size=384, num_hidden_layers=3,
                num_attention_heads=6)
-    PRESET = dict(libero_object=LiberoObject.PRESET["tiny"])
-    IMITATION = dict(libero_object=TINY_IMITATION)
+    PRESET = dict.fromkeys(("libero_object", "libero_spatial"), LiberoObject.PRESET["tiny"])
+    IMITATION = dict.fromkeys(PRESET, TINY_IMITATION)
 
 
-class Development(LiberoObject):
-    """LIBERO-Object in scenes that are neither stored states nor any run's: settings are chosen here."""
+class Development:
+    """A suite in scenes that are neither stored states nor any run's: settings are chosen here."""
     def eval_init_states(self, task, number):
         """Fresh scenes."""
         return [None] * number
@@ -70,15 +69,42 @@ class Development(LiberoObject):
         return super().reset(replace(context, seed=context.seed + 500_000))
 
 
-class Misled(LiberoObject):
-    """LIBERO-Object in which the policy is told to take another thing, which is in the same scene."""
-    # The first of each scene's other things, in the order of LIBERO's own file of the task.
-    OTHER = (2, 0, 4, 8, 3, 7, 5, 1, 9, 6)
+class ObjectDevelopment(Development, LiberoObject):
+    """LIBERO-Object."""
 
+
+class SpatialDevelopment(Development, LiberoSpatial):
+    """LIBERO-Spatial."""
+
+
+class Misled:
+    """A suite in which the policy is told to take another thing of the same scene. OTHER has, of each task,
+    the one that is about that thing."""
     def __init__(self, name="", image_size=256, collision=False):
         super().__init__(name, image_size, collision)
         texts = [task.language for task in self.benchmark.tasks]
         self.INSTRUCTIONS = [texts[other] for other in self.OTHER]
+
+
+class ObjectMisled(Misled, LiberoObject):
+    """LIBERO-Object: the first of each scene's other things, in the order of LIBERO's file of the task."""
+    OTHER = (2, 0, 4, 8, 3, 7, 5, 1, 9, 6)
+
+
+class SpatialMisled(Misled, LiberoSpatial):
+    """LIBERO-Spatial: the other bowl."""
+    OTHER = (1, 6, 8, 9, 9, 3, 7, 9, 1, 7)
+
+
+class Of(NamedTuple):
+    """What belongs to a suite."""
+    development: str
+    misled: str
+    suite: type
+
+
+SUITES = dict(libero_object=Of("ObjectDevelopment", "ObjectMisled", LiberoObject),
+              libero_spatial=Of("SpatialDevelopment", "SpatialMisled", LiberoSpatial))
 
 
 # ---------------------------------------------------------------------------------------------- one run
@@ -171,74 +197,79 @@ def total(outcomes: dict[int, list[bool]]) -> list[bool]:
     return [won for of_task in outcomes.values() for won in of_task]
 
 
-def starts(seeds: tuple[int, ...]) -> None:
-    """STARTS in contexts of Development, a line for each."""
+def starts(suite: str, seeds: tuple[int, ...]) -> None:
+    """STARTS in fresh scenes of development, a line for each."""
     print_header("", "all tasks", *TASKS)
+    development = "--suite", f"{HERE}:{SUITES[suite].development}", "--eval_contexts", 10
     for name, (model, settings) in STARTS.items():
-        words = *model.split(), *DEVELOPMENT, "--seed", seeds[0]
-        start = run_once(RUNS / f"whole_suite/start_{name}", "scripts/sft.py", *words, *settings.split())
-        found = evaluated(RUNS / f"whole_suite/start_{name}_eval", *words, "--checkpoint", start)
+        words = *model.split(), *development, "--seed", seeds[0]
+        out = RUNS / f"whole_suite/{suite}_{name}_start"
+        start = run_once(out, "scripts/sft.py", *words, *settings.split())
+        found = evaluated(out.with_name(f"{out.name}_eval"), *words, "--checkpoint", start)
         print_row(name, share(total(found)), *(sum(won) for won in found.values()))
 
 
-def start_of(seed: int) -> Path:
+def start_of(suite: str, seed: int) -> Path:
     """The policy after stage 2 that all arms of a seed start from."""
-    return run_once(RUNS / f"whole_suite/{seed}_sft", "scripts/sft.py", "--suite", SUITE, "--seed", seed,
-                    *STAGE_2.split())
+    out = RUNS / f"whole_suite/{suite}_{seed}_sft"
+    return run_once(out, "scripts/sft.py", "--suite", suite, "--seed", seed, *STAGE_2.split())
 
 
-def learn(arm: str, seed: int) -> Path:
+def learn(suite: str, arm: str, seed: int) -> Path:
     """One run of stage 3, as far as it is missing: -> its directory. Its results are kept."""
     _, settings = ARMS[arm]
-    out = run_once(RUNS / f"whole_suite/{arm}_{seed}", "experiments/whole_suite.py", "train", arm, "--suite",
-                   SUITE, "--seed", seed, *STAGE_3.split(), *settings.split(), "--checkpoint", start_of(seed))
-    keep_results(out, KEPT, f"{arm}_{seed}")
+    name = f"{suite}_{arm}_{seed}"
+    out = run_once(RUNS / f"whole_suite/{name}", "experiments/whole_suite.py", "train", arm, "--suite", suite,
+                   "--seed", seed, *STAGE_3.split(), *settings.split(), "--checkpoint", start_of(suite, seed))
+    keep_results(out, KEPT, name)
     return out
 
 
-def outcomes_of(arm: str, seed: int, stage: str) -> dict[int, list[bool]]:
+def outcomes_of(name: str, stage: str) -> dict[int, list[bool]]:
     """What keep_results has kept of a run, by task; stage: SFT or RIPT."""
     found = {}
-    for row in read_csv(KEPT / f"evaluation_{arm}_{seed}.csv"):
+    for row in read_csv(KEPT / f"evaluation_{name}.csv"):
         found.setdefault(int(row["task"]), []).append(bool(int(row[stage])))
     return found
 
 
-def table(runs: list[tuple[str, int]]) -> None:
+def table(names: list[str]) -> None:
     """Print a line for each task and run, and of each run all tasks."""
-    print_header("arm", "seed", "task", "SFT", "RIPT", "gained, lost, p", "groups", "with signal")
-    for arm, seed in runs:
-        before, after = (outcomes_of(arm, seed, stage) for stage in ("SFT", "RIPT"))
-        rows = [row for row in read_csv(KEPT / f"metrics_{arm}_{seed}.csv") if "rollouts" in row]
+    print_header("", "task", "SFT", "RIPT", "gained, lost, p", "groups", "with signal")
+    for name in names:
+        before, after = (outcomes_of(name, stage) for stage in ("SFT", "RIPT"))
+        rows = [row for row in read_csv(KEPT / f"metrics_{name}.csv") if "rollouts" in row]
         for task in (*TASKS, "all"):
             pair = [total(won) if task == "all" else won[task] for won in (before, after)]
             gained, lost, p = report.mcnemar(*pair)
             tasks = TASKS if task == "all" else [task]
-            groups, kept = (sum(int(row.get(f"{name}_{number}", 0)) for row in rows for number in tasks)
-                            for name in ("groups", "kept"))
-            print_row(arm, seed, task, *map(share, pair), f"{gained}, {lost}, {p:.1g}", groups,
+            groups, kept = (sum(int(row.get(f"{kind}_{number}", 0)) for row in rows for number in tasks)
+                            for kind in ("groups", "kept"))
+            print_row(name, task, *map(share, pair), f"{gained}, {lost}, {p:.1g}", groups,
                       f"{kept / groups:.0%}")
-        sums = {name: sum(float(row.get(name, 0)) for row in rows)
-                for name in ("rollouts", "seconds_rollouts", "seconds_update")}
-        print(", ".join(f"{name} {number:.0f}" for name, number in sums.items()))
+        sums = {kind: sum(float(row.get(kind, 0)) for row in rows)
+                for kind in ("rollouts", "seconds_rollouts", "seconds_update")}
+        print(", ".join(f"{kind} {number:.0f}" for kind, number in sums.items()))
 
 
-def figure(path: Path, runs: list[tuple[str, int]]) -> None:
-    """Draw a panel for each task: success on its stored states, and of its rollouts, against all rollouts."""
+def figure(path: Path, suite: str, runs: dict[str, str]) -> None:
+    """Draw a panel for each task: success on its stored states, and of its rollouts, against all rollouts.
+    runs: what the legend calls each run, by the run's name."""
     from matplotlib.figure import Figure
     drawing = Figure(figsize=(13, 5.5), layout="constrained")
     panels = drawing.subplots(2, 5, sharex=True, sharey=True).flat
     for task, axes in zip(TASKS, panels):
-        for number, (arm, seed) in enumerate(runs):
-            metrics = read_csv(KEPT / f"metrics_{arm}_{seed}.csv")
-            title, _ = ARMS[arm]
-            held_out = curve_of(f"{title}, seed {seed}", f"o-C{number}", metrics, f"eval_{task}")
+        for number, (name, title) in enumerate(runs.items()):
+            metrics = read_csv(KEPT / f"metrics_{name}.csv")
+            held_out = curve_of(title, f"o-C{number}", metrics, f"eval_{task}")
             noisy = curve_of("its rollouts", f":C{number}", metrics, f"success_{task}")
             for curve in (held_out, noisy):
                 axes.plot(*zip(*curve.points), curve.style, label=curve.label)
-        text = LiberoObject().INSTRUCTIONS[task]
-        axes.set(title=text.removeprefix("pick up the ").removesuffix(" and place it in the basket"),
-                 ylim=(0, 103))
+        text = SUITES[suite].suite().INSTRUCTIONS[task]
+        for words in ("pick up the ", " and place it in the basket", " and place it on the plate"):
+            text = text.replace(words, "")
+        axes.set(ylim=(0, 103))
+        axes.set_title(text, fontsize="small", wrap=True)
     drawing.supxlabel("rollouts of all tasks")
     drawing.supylabel("success, %")
     drawing.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2 * len(runs))
@@ -246,36 +277,37 @@ def figure(path: Path, runs: list[tuple[str, int]]) -> None:
         drawing.savefig(temporary, dpi=110)
 
 
-def run(seeds: tuple[int, ...]) -> None:
+def run(suite: str, seeds: tuple[int, ...]) -> None:
     """Stages 2 and 3 of each seed."""
-    runs = [("even", seed) for seed in seeds]
-    for arm, seed in runs:
-        learn(arm, seed)
-    table(runs)
-    figure(KEPT / "tasks.png", runs)
+    names = {f"{suite}_even_{seed}": f"seed {seed}" for seed in seeds}
+    for seed in seeds:
+        learn(suite, "even", seed)
+    table([*names])
+    figure(KEPT / f"{suite}.png", suite, names)
 
 
-def arms(seeds: tuple[int, ...]) -> None:
+def arms(suite: str, seeds: tuple[int, ...]) -> None:
     """Every arm of the first seed."""
-    runs = [(arm, seeds[0]) for arm in ARMS]
-    for arm, seed in runs:
-        learn(arm, seed)
-    table(runs)
-    figure(KEPT / "arms.png", runs)
+    names = {f"{suite}_{arm}_{seeds[0]}": title for arm, (title, _) in ARMS.items()}
+    for arm in ARMS:
+        learn(suite, arm, seeds[0])
+    table([*names])
+    figure(KEPT / f"{suite}_arms.png", suite, names)
 
 
-def misled(seeds: tuple[int, ...]) -> None:
-    """Success at the scene's own goal of policies that are told to take another thing: misled.csv."""
+def misled(suite: str, seeds: tuple[int, ...]) -> None:
+    """Success at the scene's own goal of policies that are told to take another thing."""
     print_header("seed", "stage", "all tasks", *TASKS)
     rows = []
     for seed in seeds:
-        for stage, policy in dict(SFT=start_of(seed), RIPT=learn("even", seed) / "last").items():
-            found = evaluated(RUNS / f"whole_suite/misled_{seed}_{stage}", "--suite", f"{HERE}:Misled",
-                              "--eval_contexts", 10, "--checkpoint", policy)
+        policies = dict(SFT=start_of(suite, seed), RIPT=learn(suite, "even", seed) / "last")
+        for stage, policy in policies.items():
+            found = evaluated(RUNS / f"whole_suite/{suite}_misled_{seed}_{stage}", "--suite",
+                              f"{HERE}:{SUITES[suite].misled}", "--eval_contexts", 10, "--checkpoint", policy)
             cells = {f"task {task}": sum(won) for task, won in found.items()}
             rows.append(dict(seed=seed, stage=stage, all=share(total(found)), **cells))
             print_row(*rows[-1].values())
-    write_csv(KEPT / "misled.csv", rows)
+    write_csv(KEPT / f"{suite}_misled.csv", rows)
 
 
 COMMANDS = dict(starts=starts, run=run, misled=misled, arms=arms)
@@ -289,9 +321,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.error = partial(ript.require, False)
     parser.add_argument("name", choices=COMMANDS)
+    parser.add_argument("--suite", choices=SUITES, default="libero_object")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     given = parser.parse_args(argv)
-    COMMANDS[given.name](given.seeds)
+    COMMANDS[given.name](given.suite, given.seeds)
 
 
 if __name__ == "__main__":

@@ -425,7 +425,7 @@ class OpenVLAOFT(LaplacePolicy):
         return x, mask, real.cumsum(-1) - 1
 
     def decode(self, x, **inputs):
-        """The decoder's final hidden states, (B, L, D). Adapters, kept in float32, compute as the rest does."""
+        """The decoder's last hidden states, (B, L, D). Adapters, kept in float32, compute as the rest."""
         # A context of its own for each call: autocast's copies of weights, made without gradient in the first
         # pass, would have none in the second.
         with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):

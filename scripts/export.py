@@ -174,11 +174,11 @@ def main(argv: Optional[list[str]] = None):
     words = " --attention_mode prompt" if mode == "prompt" else ""
     print(f"To evaluate it here: {evaluation} --checkpoint {out}{words}")
     if mode is None:
-        print("Its adapters do not say how they were trained. Those that RIPT-VLA's authors have released need "
+        print("Its adapters do not say how they were trained. Those of RIPT-VLA's authors need "
               "--attention_mode prompt, too.")
     if mode != "exact":
-        print("openvla-oft's own code has the attention of --attention_mode exact, which makes another function "
-              "of adapters that were trained with prompt.")
+        print("openvla-oft's own code has the attention of --attention_mode exact, which makes another "
+              "function of adapters that were trained with prompt.")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ STYLE = """
 body {font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 980px;
       margin: 2em auto; padding: 0 1em}
 h1 {font-size: 1.5em; margin: 0; overflow-wrap: anywhere} h2 {font-size: 1.1em; margin: 2em 0 .6em}
-p {margin: .3em 0; overflow-wrap: anywhere} code {white-space: nowrap} .quiet {color: #666} svg {width: 100%; height: auto}
+p {margin: .3em 0; overflow-wrap: anywhere} code {white-space: nowrap} .quiet {color: #666}
+svg {width: 100%; height: auto}
 .note {border-left: 4px solid #e0a030; background: #fdf7ea; padding: .5em .9em; margin: .5em 0}
 table {border-collapse: collapse; font-variant-numeric: tabular-nums} .wide {overflow-x: auto}
 th {font-weight: 600; text-align: left; padding: .25em .8em .25em 0; white-space: nowrap}

@@ -69,8 +69,8 @@ class FastLibero(FastStep, Painted, ript.Libero):
             return [demo["states"][0] for demo in demos]
 
     def check_task(self, attributes: dict, task: int):
-        """Raise ValueError if a file of demonstrations says, by its BDDL file or its instruction, that it is of
-        another task. One that says nothing, as those that others have filtered, is accepted."""
+        """Raise ValueError if a file of demonstrations says, by its BDDL file or its instruction, that it is
+        another task's. One that says nothing, as those that others have filtered, is accepted."""
         asked = self.benchmark.tasks[task]
         bddl_file = Path(self.benchmark.get_task_bddl_file_path(task))
         language = re.search(r"\(:language ([^)]*)\)", bddl_file.read_text())  # it may differ from the name's

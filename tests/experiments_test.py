@@ -17,8 +17,8 @@ from experiments import (ablations, adapters, bandit, cards, common, critic, flo
                          tabletop_suites)
 from ript import Context, Episode, load_suite
 from ript_test import arguments
-from tests.conftest import (PRETRAINED, ROOT, TASKS, config, demo_config, libero_or_skip, mistake_of, pretrained,
-                            random_observations, rows_without_seconds)
+from tests.conftest import (PRETRAINED, ROOT, TASKS, config, demo_config, libero_or_skip, mistake_of,
+                            pretrained, random_observations, rows_without_seconds)
 
 
 # ------------------------------------------------------------------------------------------ the shared runner

@@ -55,6 +55,13 @@ def test_no_file_imports_itself_by_way_of_others():
     assert len(list(TopologicalSorter(graph).static_order())) == len(known)  # it raises CycleError
 
 
+def test_no_line_is_longer_than_110_columns():
+    files = [ROOT / "ript.py", ROOT / "ript_test.py"]
+    files += [file for room in ROOMS for file in (ROOT / room).glob("*.py")]
+    lines = [(file.name, line) for file in files for line in file.read_text().splitlines()]
+    assert not [(name, line) for name, line in lines if len(line) > 110]
+
+
 def test_every_folder_is_a_package_so_that_no_other_of_its_name_is_found_first():
     assert all((ROOT / room / "__init__.py").exists() for room in ROOMS)
 

@@ -138,5 +138,6 @@ def test_the_table_says_what_decides_whether_a_run_learns(monkeypatch, tmp_path,
 def test_every_setting_that_is_compared_is_one_of_ript():
     for settings in ml45.SETTINGS.values():
         cfg = config(*map(str, ml45.DEVELOPMENT), "--task", "14", *settings.split())
-        assert (cfg.eval_contexts, cfg.groups, ript.horizon_of(ript.load_suite(cfg.suite), 14)) == (40, 16, 224)
+        assert (cfg.eval_contexts, cfg.groups) == (40, 16)
+        assert ript.horizon_of(ript.load_suite(cfg.suite), 14) == 224
     assert ript.horizon_of(ript.load_suite(f"{ml45.__file__}:Longer"), 14) == 496

@@ -40,7 +40,7 @@ def updated(episodes, **settings):
 
 
 def episodes_of_all():
-    """Six episodes, the same in every process. The first four have more than two thirds of the action steps."""
+    """Six episodes, the same in every process. The first four have over two thirds of the action steps."""
     torch.manual_seed(0)
     episodes = made_up_episodes(Random())
     episodes[4].num_executed = [1, 1]
@@ -72,7 +72,8 @@ def test_an_update_of_unequal_shares_is_that_of_one_process(monkeypatch):
 
 
 def test_every_process_begins_with_the_same_random_weights(tmp_path):
-    words = arguments(model=f"{__file__}:Random", out=tmp_path / "run", iterations=0, eval_contexts=1, workers=1)
+    words = arguments(model=f"{__file__}:Random", out=tmp_path / "run", iterations=0, eval_contexts=1,
+                      workers=1)
     assert "2 processes have 1 policies" in launch(*TORCHRUN, ript.__file__, *words)
 
 

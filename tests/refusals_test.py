@@ -402,7 +402,7 @@ class Dark(ToySuite):
     assert say("Dark").startswith("the simulator does not start (it needs libegl1 and libgl1-mesa-dri on ")
 
 
-def test_missing_meshes_a_device_without_numbers_and_an_unknown_experiment_get_a_sentence(tmp_path, monkeypatch):
+def test_missing_meshes_a_device_without_numbers_and_an_unknown_experiment(tmp_path, monkeypatch):
     monkeypatch.setattr("libero.libero.get_libero_path", lambda name: tmp_path / name)
     with pytest.raises(ript.UserError, match="meshes are missing: run libero-download-assets"):
         environment.check_meshes()

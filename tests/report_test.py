@@ -205,7 +205,8 @@ def test_a_second_evaluation_is_followed_from_its_start(tmp_path):
     """Its settings are there, and the outcomes are still the first one's."""
     run = evaluated(tmp_path / "run", 50, "--eval_contexts", 10)
     settings = json.loads((run / "config.json").read_text())
-    first = dict(outcomes=json.loads((run / "evaluation_success.json").read_text()), policy="", settings=settings)
+    outcomes = json.loads((run / "evaluation_success.json").read_text())
+    first = dict(outcomes=outcomes, policy="", settings=settings)
     (run / "evaluation_success.json").write_text(json.dumps(first))
     page = report.Page(run)
     page.write(True)
@@ -234,7 +235,8 @@ def test_a_7b_run_is_filmed_with_the_heads_that_its_adapters_bring(tmp_path):
     policy = report.policy_of(tmp_path, cfg)
     header = torch.load(GOLDEN / LORA / "openvla_headers.pt", weights_only=True)["action_header"]
     head = policy.action_head.state_dict()
-    assert all(torch.equal(head[name.removeprefix("module.")], value.float()) for name, value in header.items())
+    for name, value in header.items():
+        assert torch.equal(head[name.removeprefix("module.")], value.float())
 
 
 # ------------------------------------------------------------------------------------------------ TensorBoard

@@ -22,7 +22,8 @@ def test_a_free_simulator_takes_an_episode_of_the_task_whose_environment_it_has(
     assert asyncio.run(pairs([None, None], [3, 3, 3])) == [0, 1, None]
 
 
-def test_rejected_groups_lose_their_pictures_at_once_and_kept_ones_have_them(simulators, monkeypatch):  # noqa: F811
+def test_rejected_groups_lose_their_pictures_at_once_and_kept_ones_have_them(
+        simulators, monkeypatch):  # noqa: F811
     groups = []
     new_group = ript.new_group
 

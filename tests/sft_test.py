@@ -207,7 +207,8 @@ def test_demonstrations_that_do_not_fit_are_refused(no_simulators, tmp_path, kin
     change, sentence = SPOILED[kind]
     path = load_suite("libero_goal").demo_file(tmp_path, 3)
     write_demonstration(path)
-    task = f"--suite libero_goal --task 3 --demos {tmp_path} --collision false --checkpoint= --out {tmp_path}_out"
+    task = (f"--suite libero_goal --task 3 --demos {tmp_path} --collision false --checkpoint= "
+            f"--out {tmp_path}_out")
     sft.libero_demonstrations(None, demo_config(*task.split()))
     spoil(path, change)
     said = mistake_of(sft, task)

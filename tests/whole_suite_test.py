@@ -65,24 +65,33 @@ def test_tasks_with_signal_are_drawn_more_often_and_none_is_left_out(monkeypatch
 
 
 def test_the_control_asks_for_a_thing_that_lies_in_the_same_scene():
-    misled, suite = whole_suite.Misled(), LiberoObject()
+    misled, suite = whole_suite.ObjectMisled(), LiberoObject()
     for task, text in enumerate(suite.INSTRUCTIONS):
         scene = Path(suite.benchmark.get_task_bddl_file_path(task)).read_text()
         thing, = re.findall("pick up the (.*) and place it", misled.INSTRUCTIONS[task])
         assert misled.INSTRUCTIONS[task] != text
         assert re.search(rf"\(On {thing.replace(' ', '_')}_1 floor_other_object_region", scene)
+    misled = whole_suite.SpatialMisled()
+
+    def place_of(bowl, task):
+        scene = Path(misled.benchmark.get_task_bddl_file_path(task)).read_text()
+        return re.search(rf"\(O?I?n (akita_black_bowl_{bowl}) (\S+)\)", scene)[2]
+
+    for task, other in enumerate(misled.OTHER):
+        assert misled.INSTRUCTIONS[task] == misled.benchmark.tasks[other].language
+        assert place_of(2, task) == place_of(1, other)
 
 
 def test_every_arm_is_one_of_ript_and_development_has_other_scenes(monkeypatch):
     for _, settings in whole_suite.ARMS.values():
         cfg = config("--suite", "libero_object", *whole_suite.STAGE_3.split(), *settings.split())
         assert (cfg.groups, cfg.scale_multiplier, cfg.eval_contexts, cfg.image_size) == (40, 0.5, 50, 64)
-    cfg = config(*map(str, whole_suite.DEVELOPMENT))
+    cfg = config("--suite", f"{whole_suite.__file__}:ObjectDevelopment", "--eval_contexts", 10)
     contexts = ript.evaluation_contexts(cfg)
     assert len(contexts) == 100 and all(context.state is None for context in contexts)
     seen = []
     monkeypatch.setattr(LiberoObject, "reset", lambda self, context: seen.append(context.seed))
-    whole_suite.Development(image_size=16).reset(contexts[3])
+    whole_suite.ObjectDevelopment(image_size=16).reset(contexts[3])
     assert seen == [500_003]
     for words in ("nothing", "train nothing"):
         with pytest.raises(ript.UserError, match="invalid choice|an arm is one of even, signal, adapters"):
@@ -93,18 +102,18 @@ def test_the_table_has_every_task_and_the_figure_a_panel_for_each(monkeypatch, t
     monkeypatch.setattr(whole_suite, "KEPT", tmp_path)
     contexts = [dict(task=number // 4, SFT=int(number % 4 < 2), RIPT=int(number % 4 < 3))
                 for number in range(40)]
-    common.write_csv(tmp_path / "evaluation_even_0.csv", contexts)
+    common.write_csv(tmp_path / "evaluation_a.csv", contexts)
     start = dict(iteration=0)
     end = dict(iteration=1, rollouts=320, seconds_rollouts=9)
     for task in range(10):
         start[f"eval_{task}"] = 0.5
         end |= {f"groups_{task}": 4, f"kept_{task}": 1, f"success_{task}": 0.5, f"eval_{task}": 0.75}
-    common.write_csv(tmp_path / "metrics_even_0.csv", [start, end])
-    whole_suite.table([("even", 0)])
+    common.write_csv(tmp_path / "metrics_a.csv", [start, end])
+    whole_suite.table(["a"])
     *_, last, of_all, seconds = capsys.readouterr().out.splitlines()
-    assert last.startswith("| even | 0 | 9 | 2/4") and "| 3/4" in last
+    assert last.startswith("| a | 9 | 2/4") and "| 3/4" in last
     assert last.endswith("| 1, 0, 1 | 4 | 25% |")
     assert "| all | 20/40" in of_all and "| 10, 0, 0.002 | 40 | 25% |" in of_all
     assert seconds == "rollouts 320, seconds_rollouts 9, seconds_update 0"
-    whole_suite.figure(tmp_path / "tasks.png", [("even", 0)])
+    whole_suite.figure(tmp_path / "tasks.png", "libero_object", dict(a="seed 0"))
     assert (tmp_path / "tasks.png").stat().st_size > 20_000
