@@ -24,8 +24,12 @@ def test_libero_resets_softly_to_the_stored_state_at_every_episode(monkeypatch, 
     contexts = ript.evaluation_contexts(config("--suite", suite, "--task", task, "--eval_contexts", 2))
     states, steps = [], []
     control_step = simulator.control_step
-    recording = lambda action: (steps.append(action), control_step(action))  # noqa: E731
-    monkeypatch.setattr(simulator, "control_step", recording)
+
+    def recorded(action):
+        steps.append(action)
+        control_step(action)
+
+    monkeypatch.setattr(simulator, "control_step", recorded)
     for context in (contexts[0], contexts[1], contexts[0]):
         steps.clear()
         simulator.reset(context)
