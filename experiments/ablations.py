@@ -5,7 +5,7 @@
     python experiments/ablations.py bowl --seeds 0   with these seeds in place of 0, 1 and 2
     python experiments/ablations.py tabletop half half_lr quarter quarter_lr     fewer groups per iteration
     python experiments/ablations.py tabletop grpo    GRPO's advantage
-    python experiments/ablations.py libero_loo libero_grpo --seeds 1 2 3     the same on LIBERO-Object
+    python experiments/ablations.py libero_loo libero_grpo --seeds 1 2 5     the same on LIBERO-Object
     python experiments/ablations.py senses NAME      the policies of tabletop or one_scene, misled or blind
     python experiments/ablations.py imitation        other ways to spend the tabletop's time: more of stage 2
     python experiments/ablations.py offsets          how the start depends on the offset of the worn arm
@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw
 
 import ript
 from experiments import tabletop_suites
-from experiments.common import (PRETRAINED, RESULTS, ROOT, RUNS, SUCCESS, curve_of, keep_results,
+from experiments.common import (PRETRAINED, RESULTS, ROOT, RUNS, SUCCESS, curve_of, evaluated, keep_results,
                                 kept_outcomes, plot_curves, print_header, print_row, read_csv, run_once,
                                 write_csv)
 from policies.tiny import Tiny
@@ -168,8 +168,7 @@ def experiments(names, seeds):
 def outcomes(policy, suite, out, *arguments):
     """The outcomes, bool, of a saved policy in the held-out contexts of a suite, in order."""
     # What ript.py prints would interrupt the table.
-    run_once(out, "ript.py", "--eval", "--suite", suite, "--checkpoint", policy, *arguments, quiet=True)
-    found, _ = report.read_outcomes(out / "evaluation_success.json", ript.load_config(out))
+    found = evaluated(out, "--suite", suite, "--checkpoint", policy, *arguments, quiet=True)
     return [bool(won) for _, won in sorted(found.items())]
 
 def share_of(won):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,24 @@ def run_once(out: Path, script: str, *arguments, quiet: bool = False) -> Path:
     ript.require(status == 0, f"this failed: {' '.join(command)}")
     (out / "done").write_text(f"{usage.ru_maxrss / 2 ** 20:.3f}\n")  # Linux counts in KiB
     return out
+
+def evaluated(out: Path, *arguments, quiet: bool = False) -> dict[str, int]:
+    """The outcomes, 1 or 0 by context, of an evaluation with these arguments, run where it is missing."""
+    run_once(out, "ript.py", "--eval", *arguments, quiet=quiet)
+    outcomes, _ = report.read_outcomes(out / "evaluation_success.json", ript.load_config(out))
+    return outcomes
+
+class OtherScenes:
+    """Before a suite among the bases of a class: its scenes are neither held out nor those of any run, so
+    that settings can be chosen in them."""
+    @classmethod
+    def eval_init_states(cls, task, number):
+        """None are stored: the seeds are enough."""
+        return [None] * number
+
+    def reset(self, context):
+        """As ever, in another scene."""
+        return super().reset(replace(context, seed=context.seed + 500_000))
 
 def memory_gb(out: Path) -> float:
     """The peak memory of the process that run_once ran for this directory."""

@@ -18,15 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 import time
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
 import ript
-from experiments.common import (RESULTS, ROOT, RUNS, SUCCESS, add_noise_success, curve_of, keep_results,
-                                kept_outcomes, plot_curves, print_header, print_row, read_csv, run_once,
-                                write_csv)
+from experiments.common import (RESULTS, ROOT, RUNS, SUCCESS, OtherScenes, add_noise_success, curve_of,
+                                evaluated, keep_results, kept_outcomes, plot_curves, print_header, print_row,
+                                read_csv, run_once, write_csv)
 from policies.tiny import Tiny
 from scripts import report
 from simulators import metaworld
@@ -46,11 +45,8 @@ class Decoder(Tiny):
     PRESET = dict.fromkeys(("metaworld", f"{HERE}:Development"), metaworld.ML45.PRESET["tiny"])
 
 
-class Development(metaworld.ML45):
-    """The tasks to train on, in contexts that are neither held out nor any run's, to choose settings in."""
-    def reset(self, context):
-        """As ever, in another scene."""
-        return super().reset(replace(context, seed=context.seed + 500_000))
+class Development(OtherScenes, metaworld.ML45):
+    """The tasks to train on, in other scenes."""
 
 
 class Longer(metaworld.ML45):
@@ -175,9 +171,8 @@ def starts(tasks: list[int]) -> None:
     rows = {int(row["task"]): row for row in read_csv(path)} if path.exists() else {}
     for task in tasks:
         start = start_of(f"task{task}_0", "--suite", "metaworld", "--seed", 0, "--task", task)
-        out = run_once(RUNS / f"ml45/task{task}_0_eval", "ript.py", "--eval", *DEVELOPMENT,
-                       "--task", task, "--checkpoint", start)
-        outcomes, _ = report.read_outcomes(out / "evaluation_success.json", ript.load_config(out))
+        out = RUNS / f"ml45/task{task}_0_eval"
+        outcomes = evaluated(out, *DEVELOPMENT, "--task", task, "--checkpoint", start)
         share = report.interval(sum(outcomes.values()), len(outcomes))
         rows[task] = dict(task=task, name=tuple(metaworld.EXPERT_STEPS)[task], start=share)
         print_row(*rows[task].values())
@@ -208,11 +203,9 @@ def horizon(numbers: list[int]) -> None:
         name = f"task{task}_0"
         policies = dict(SFT=RUNS / f"ml45/{name}_sft", RIPT=RUNS / f"ml45/{name}/last")
         for (stage, policy), usual in zip(policies.items(), kept_outcomes(KEPT, name)):
-            out = run_once(RUNS / f"ml45/{name}_longer_{stage}", "ript.py", "--eval", "--suite",
-                           f"{HERE}:Longer", "--task", task, "--eval_contexts", 100,
-                           "--checkpoint", policy)
-            found, _ = report.read_outcomes(out / "evaluation_success.json", ript.load_config(out))
-            longer = [bool(won) for _, won in sorted(found.items())]
+            out = RUNS / f"ml45/{name}_longer_{stage}"
+            longer = evaluated(out, "--suite", f"{HERE}:Longer", "--task", task, "--eval_contexts", 100,
+                               "--checkpoint", policy).values()
             shares = [report.interval(sum(won), len(won)) for won in (usual, longer)]
             steps = metaworld.ML45.HORIZON[task]
             rows.append(dict(task=task, stage=stage, horizon=steps, success=shares[0], success_496=shares[1]))

@@ -6,9 +6,9 @@
     python experiments/whole_suite.py arms       seed 0: tasks drawn by their signal; the 7B's adapters
     python experiments/whole_suite.py train ARM ARGUMENTS    one run of an arm, as ript.py has it
 
-The suite is libero_object or, with `--suite libero_spatial`, that one; scripted experts demonstrate. Settings
-were chosen in fresh scenes, so that the stored states stay unseen. `--seeds 0` is for one seed. Results go to
-docs/results/whole_suite.
+The suite is libero_object or, with `--suite libero_spatial`, that one; scripted experts demonstrate. `starts`
+is there to choose settings in fresh scenes, so that the stored states stay unseen. `--seeds 0` is for one
+seed. Results go to docs/results/whole_suite. None of this has run to its end yet.
 """
 import sys
 from pathlib import Path
@@ -24,12 +24,11 @@ import numpy as np
 
 import ript
 from experiments.adapters import ONE_STEP
-from experiments.common import (RESULTS, ROOT, RUNS, curve_of, keep_results, print_header, print_row,
-                                read_csv, run_once, write_csv)
+from experiments.common import (RESULTS, ROOT, RUNS, OtherScenes, curve_of, evaluated, keep_results,
+                                print_header, print_row, read_csv, run_once, write_csv)
 from policies.tiny import Tiny
 from scripts import report
 from simulators.libero_experts import LiberoObject, LiberoSpatial
-from simulators.scripted import TINY_IMITATION
 
 KEPT = RESULTS / "whole_suite"
 TASKS = range(10)
@@ -39,7 +38,7 @@ WIDE = f"--model {HERE}:Small --image_size 64 --collision --act_batch 1"
 STARTS = dict(short=("", "--demos_per_task 4 --sft_steps 600"),
               long=("", "--demos_per_task 4 --sft_steps 2000"),
               small=(WIDE, "--demos_per_task 4 --sft_steps 2000"))
-# Those that were chosen: of stage 2, and of stage 3 beside the suite's preset.
+# Of stage 2, and of stage 3 beside the suite's preset: a first guess, which nothing has been compared with.
 STAGE_2 = "--demos_per_task 4 --sft_steps 2000"
 STAGE_3 = "--groups 40 --max_rejected 40 --minibatch 320 --iterations 10 --eval_every 5"
 # Of each arm: what the figure calls it, and its settings beside STAGE_3.
@@ -50,31 +49,18 @@ SEEDS = 0, 1
 
 
 class Small(Tiny):
-    """The laptop's policy with wider towers and a larger decoder: 2.1 million parameters."""
+    """The laptop's policy with wider towers and a larger decoder: 2.3 million parameters."""
     TOWERS = (dict(embed_dim=96, keypoints=32),) * 2
     LLM = dict(vocab_size=259, hidden_size=192, intermediate_size=384, num_hidden_layers=3,
                num_attention_heads=6)
-    PRESET = dict.fromkeys(("libero_object", "libero_spatial"), LiberoObject.PRESET["tiny"])
-    IMITATION = dict.fromkeys(PRESET, TINY_IMITATION)
 
 
-class Development:
-    """A suite in scenes that are neither stored states nor any run's: settings are chosen here."""
-    def eval_init_states(self, task, number):
-        """Fresh scenes."""
-        return [None] * number
-
-    def reset(self, context):
-        """As ever, in another scene."""
-        return super().reset(replace(context, seed=context.seed + 500_000))
+class ObjectDevelopment(OtherScenes, LiberoObject):
+    """LIBERO-Object in other scenes."""
 
 
-class ObjectDevelopment(Development, LiberoObject):
-    """LIBERO-Object."""
-
-
-class SpatialDevelopment(Development, LiberoSpatial):
-    """LIBERO-Spatial."""
+class SpatialDevelopment(OtherScenes, LiberoSpatial):
+    """LIBERO-Spatial in other scenes."""
 
 
 class Misled:
@@ -96,15 +82,15 @@ class SpatialMisled(Misled, LiberoSpatial):
     OTHER = (1, 6, 8, 9, 9, 3, 7, 9, 1, 7)
 
 
-class Of(NamedTuple):
-    """What belongs to a suite."""
-    development: str
-    misled: str
-    suite: type
+class Variants(NamedTuple):
+    """A suite as it is, for choosing settings, and for the control."""
+    usual: type
+    development: type
+    misled: type
 
 
-SUITES = dict(libero_object=Of("ObjectDevelopment", "ObjectMisled", LiberoObject),
-              libero_spatial=Of("SpatialDevelopment", "SpatialMisled", LiberoSpatial))
+SUITES = dict(libero_object=Variants(LiberoObject, ObjectDevelopment, ObjectMisled),
+              libero_spatial=Variants(LiberoSpatial, SpatialDevelopment, SpatialMisled))
 
 
 # ---------------------------------------------------------------------------------------------- one run
@@ -153,8 +139,8 @@ def by_task(outcomes: dict) -> dict[int, list[bool]]:
 
 
 def draw_by_signal() -> None:
-    """From now on each training context of this process is of a task drawn by its share of groups with signal
-    in the last iteration, with one more of each kind so that no task is left out."""
+    """From now on the task of each training context of this process is drawn. A task's weight is its share of
+    groups with signal in the last iteration, (kept + 1) / (groups + 2), so that no task is left out."""
     training_context = ript.training_context
 
     def drawn(number, cfg):
@@ -180,13 +166,6 @@ def train(arm: str, argv: list[str]) -> None:
 
 
 # ------------------------------------------------------------------------------------- tables and figure
-def evaluated(out: Path, *arguments) -> dict[int, list[bool]]:
-    """The outcomes of an evaluation by task, which is run where it is missing."""
-    run_once(out, "ript.py", "--eval", *arguments)
-    outcomes, _ = report.read_outcomes(out / "evaluation_success.json", ript.load_config(out))
-    return by_task(outcomes)
-
-
 def share(won: list[bool]) -> str:
     """Successes, with their interval."""
     return report.interval(sum(won), len(won))
@@ -200,12 +179,12 @@ def total(outcomes: dict[int, list[bool]]) -> list[bool]:
 def starts(suite: str, seeds: tuple[int, ...]) -> None:
     """STARTS in fresh scenes of development, a line for each."""
     print_header("", "all tasks", *TASKS)
-    development = "--suite", f"{HERE}:{SUITES[suite].development}", "--eval_contexts", 10
+    development = "--suite", f"{HERE}:{SUITES[suite].development.__name__}", "--eval_contexts", 10
     for name, (model, settings) in STARTS.items():
         words = *model.split(), *development, "--seed", seeds[0]
         out = RUNS / f"whole_suite/{suite}_{name}_start"
         start = run_once(out, "scripts/sft.py", *words, *settings.split())
-        found = evaluated(out.with_name(f"{out.name}_eval"), *words, "--checkpoint", start)
+        found = by_task(evaluated(out.with_name(f"{out.name}_eval"), *words, "--checkpoint", start))
         print_row(name, share(total(found)), *(sum(won) for won in found.values()))
 
 
@@ -265,7 +244,7 @@ def figure(path: Path, suite: str, runs: dict[str, str]) -> None:
             noisy = curve_of("its rollouts", f":C{number}", metrics, f"success_{task}")
             for curve in (held_out, noisy):
                 axes.plot(*zip(*curve.points), curve.style, label=curve.label)
-        text = SUITES[suite].suite().INSTRUCTIONS[task]
+        text = SUITES[suite].usual().INSTRUCTIONS[task]
         for words in ("pick up the ", " and place it in the basket", " and place it on the plate"):
             text = text.replace(words, "")
         axes.set(ylim=(0, 103))
@@ -302,8 +281,9 @@ def misled(suite: str, seeds: tuple[int, ...]) -> None:
     for seed in seeds:
         policies = dict(SFT=start_of(suite, seed), RIPT=learn(suite, "even", seed) / "last")
         for stage, policy in policies.items():
-            found = evaluated(RUNS / f"whole_suite/{suite}_misled_{seed}_{stage}", "--suite",
-                              f"{HERE}:{SUITES[suite].misled}", "--eval_contexts", 10, "--checkpoint", policy)
+            out = RUNS / f"whole_suite/{suite}_misled_{seed}_{stage}"
+            found = by_task(evaluated(out, "--suite", f"{HERE}:{SUITES[suite].misled.__name__}",
+                                      "--eval_contexts", 10, "--checkpoint", policy))
             cells = {f"task {task}": sum(won) for task, won in found.items()}
             rows.append(dict(seed=seed, stage=stage, all=share(total(found)), **cells))
             print_row(*rows[-1].values())

@@ -36,8 +36,8 @@ class LiberoObject(Scripted, FastLibero):
 
 
 class LiberoSpatial(Scripted, FastLibero):
-    """LIBERO-Spatial: an expert for a bowl to be put on a plate, wherever it stands. Only out of the drawer
-    (task 4) it finds no way."""
+    """LIBERO-Spatial: an expert for a bowl to be put on a plate, wherever it stands but in the drawer
+    of task 4."""
     NAME = "libero_spatial"
     PRESET = dict(tiny=LiberoObject.PRESET["tiny"] | dict(checkpoint="runs/libero_spatial_sft"))
     IMITATION = LiberoObject.IMITATION

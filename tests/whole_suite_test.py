@@ -40,6 +40,9 @@ def test_rows_say_of_each_task_its_groups_and_its_evaluation(monkeypatch, tmp_pa
     assert ript.evaluate(None, None, [], cfg, "SFT") == 0.5
     ript.save_run(tmp_path, None, None, state)
     assert saved == [found | dict(kept=1, eval_0=0.5, eval_2=0, eval_10=1)]
+    state.history = [{}]  # an iteration without an evaluation
+    ript.save_run(tmp_path, None, None, state)
+    assert saved[1:] == [{}]
 
 
 def test_tasks_with_signal_are_drawn_more_often_and_none_is_left_out(monkeypatch, tmp_path):
