@@ -225,7 +225,7 @@ def table(names: list[str]) -> None:
             groups, kept = (sum(int(row.get(f"{kind}_{number}", 0)) for row in rows for number in tasks)
                             for kind in ("groups", "kept"))
             print_row(name, task, *map(share, pair), f"{gained}, {lost}, {p:.1g}", groups,
-                      f"{kept / groups:.0%}")
+                      f"{kept / groups:.0%}" if groups else "")  # a drawn task may have none
         sums = {kind: sum(float(row.get(kind, 0)) for row in rows)
                 for kind in ("rollouts", "seconds_rollouts", "seconds_update")}
         print(", ".join(f"{kind} {number:.0f}" for kind, number in sums.items()))
@@ -243,7 +243,8 @@ def figure(path: Path, suite: str, runs: dict[str, str]) -> None:
             held_out = curve_of(title, f"o-C{number}", metrics, f"eval_{task}")
             noisy = curve_of("its rollouts", f":C{number}", metrics, f"success_{task}")
             for curve in (held_out, noisy):
-                axes.plot(*zip(*curve.points), curve.style, label=curve.label)
+                rollouts, success = zip(*curve.points) if curve.points else ([], [])
+                axes.plot(rollouts, success, curve.style, label=curve.label)
         text = SUITES[suite].usual().INSTRUCTIONS[task]
         for words in ("pick up the ", " and place it in the basket", " and place it on the plate"):
             text = text.replace(words, "")

@@ -110,13 +110,16 @@ def test_the_table_has_every_task_and_the_figure_a_panel_for_each(monkeypatch, t
     end = dict(iteration=1, rollouts=320, seconds_rollouts=9)
     for task in range(10):
         start[f"eval_{task}"] = 0.5
-        end |= {f"groups_{task}": 4, f"kept_{task}": 1, f"success_{task}": 0.5, f"eval_{task}": 0.75}
+        end[f"eval_{task}"] = 0.75
+        if task != 8:  # of which no context was drawn
+            end |= {f"groups_{task}": 4, f"kept_{task}": 1, f"success_{task}": 0.5}
     common.write_csv(tmp_path / "metrics_a.csv", [start, end])
     whole_suite.table(["a"])
-    *_, last, of_all, seconds = capsys.readouterr().out.splitlines()
+    *_, without, last, of_all, seconds = capsys.readouterr().out.splitlines()
+    assert without.startswith("| a | 8 | 2/4") and without.endswith("| 1, 0, 1 | 0 |  |")
     assert last.startswith("| a | 9 | 2/4") and "| 3/4" in last
     assert last.endswith("| 1, 0, 1 | 4 | 25% |")
-    assert "| all | 20/40" in of_all and "| 10, 0, 0.002 | 40 | 25% |" in of_all
+    assert "| all | 20/40" in of_all and "| 10, 0, 0.002 | 36 | 25% |" in of_all
     assert seconds == "rollouts 320, seconds_rollouts 9, seconds_update 0"
     whole_suite.figure(tmp_path / "tasks.png", "libero_object", dict(a="seed 0"))
     assert (tmp_path / "tasks.png").stat().st_size > 20_000
