@@ -80,7 +80,7 @@ LAUNCH = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")  #
 LAUNCHED = [os.environ.get(name, alone) for name, alone in LAUNCH.items()]
 RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = [int(text) if text.isdecimal() else -1 for text in LAUNCHED]
 
-def cores(quota=Path("/sys/fs/cgroup/cpu.max")) -> int:
+def cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """How many cores a process may use. macOS does not say, and has no limits either."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with suppress(OSError, ValueError):  # a container's quota, or "max"
@@ -88,7 +88,7 @@ def cores(quota=Path("/sys/fs/cgroup/cpu.max")) -> int:
         allowed = min(allowed, math.ceil(microseconds / period))
     return allowed // max(1, LOCAL_WORLD)
 
-def option(default, text, least=1, choices=None):
+def option(default: object, text: str, least: int = 1, choices: Optional[tuple] = None):
     """A field of Config: its default, what argparse is told, and the least value of a whole number."""
     words = dict(type=type(default), choices=choices, help=f"{text} (default: {default!r}, or a preset's)")
     if default is False:
@@ -396,7 +396,8 @@ def compute_old_log_probs(policy: nn.Module, episodes: list[Episode], parts: lis
             recorded[e, q] = torch.as_tensor(episodes[e].chunks[q]["log_prob"])
     return mask, old, recorded
 
-def update(policy: nn.Module, optimizer, episodes: list[Episode], cfg: Config, state: "TrainState") -> dict:
+def update(policy: nn.Module, optimizer: torch.optim.Optimizer, episodes: list[Episode], cfg: Config,
+           state: "TrainState") -> dict:
     """Algorithm 1, lines 15-17: N passes of minibatches over the kept episodes: -> mean diagnostics."""
     began = time.time()
     size = cfg.micro_batch or getattr(policy, "micro_batch", 64)
@@ -989,7 +990,7 @@ def fingerprint(policy: nn.Module, trained: bool = True) -> str:
             found += [name, tuple(p.shape), hashlib.sha256(sample).hexdigest()]
     return hashlib.sha256(repr(found).encode()).hexdigest()
 
-def save_run(out: Path, policy: nn.Module, optimizer, state: TrainState):
+def save_run(out: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState):
     """Write last/, metrics.jsonl and, for --resume, run.pt."""
     if RANK > 0:
         return
@@ -1002,7 +1003,7 @@ def save_run(out: Path, policy: nn.Module, optimizer, state: TrainState):
     with writing(out / "run.pt") as file:
         torch.save(asdict(state) | saved, file)
 
-def load_run(path: Path, policy: nn.Module, optimizer) -> TrainState:
+def load_run(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
     """Fill policy and optimizer from what save_run wrote."""
     with reading(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)

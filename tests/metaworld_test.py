@@ -5,6 +5,7 @@ import ript  # before torch is: it says how OpenMP's threads wait
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("metaworld", reason="pip install -c requirements.txt metaworld==3.0.0")
 
@@ -75,6 +76,20 @@ def test_experts_succeed_though_their_hand_is_pushed_and_their_gripper_is_no_sig
         assert name == "reach" or len(set(np.abs(found[0].actions[:, 3]))) > 1
 
 
+@pytest.mark.parametrize("name", ["reach", "dial-turn", "plate-slide"])
+def test_the_first_observation_is_of_the_scene_in_which_the_episode_runs(name):
+    import mujoco
+    simulator = ript.load_suite("metaworld")(64, True)
+    for seed in (1, 2):
+        first = simulator.reset(Context(simulator.NAMES.index(name), "", seed)).observation
+        seen = simulator.seen
+        mujoco.mj_forward(simulator.env.model, simulator.env.data)
+        again = simulator.get_observation()
+        assert first.keys() == again.keys() and all((first[key] == again[key]).all() for key in first)
+        assert (seen[:18] == simulator.env._get_curr_obs_combined_no_goal()).all()
+        assert (seen[18:36] == seen[:18]).all() and (seen[36:] == simulator.env._get_pos_goal()).all()
+
+
 def test_pictures_show_what_the_seed_decides_and_leave_the_arm_out_where_that_is_asked_for():
     simulator = ript.load_suite("metaworld")(64, True)
     pictures = [simulator.reset(Context(14, "", seed)).observation["agentview_image"] for seed in (0, 1, 0)]
@@ -135,9 +150,36 @@ def test_the_table_says_what_decides_whether_a_run_learns(monkeypatch, tmp_path,
     assert cells[3:] == ["2, 0, 0.5", "75%", "50%", "20% 50%", "30%", "20%", "50%", "160"]
 
 
+def test_policies_after_stage_2_are_looked_at_with_other_noise_and_in_other_scenes(monkeypatch, tmp_path):
+    task = ML45.NAMES.index("reach")
+    for name, value in dict(KEPT=tmp_path, RUNS=tmp_path, SETTINGS_TASKS=(task,), SCALES=(0.5,)).items():
+        monkeypatch.setattr(ml45, name, value)
+    torch.manual_seed(0)
+    policy = Tiny(Tiny.STATISTICS | ML45.STATISTICS)
+    policy.trained_with = Tiny.settings_of(config(*map(str, ml45.DEVELOPMENT)))
+    for demonstrations in ("three", "ten"):
+        out = tmp_path / f"ml45/{demonstrations}_{task}_sft"
+        out.mkdir(parents=True)
+        policy.save(out)
+    ml45.noise(groups=1)
+    ml45.scenes(number=3)
+    for name in ("noise.csv", "scenes.csv"):
+        first, second = common.read_csv(tmp_path / name)
+        assert first.pop("demonstrations") == "three" and second.pop("demonstrations") == "ten"
+        assert first == second  # of the same policy
+        if name == "noise.csv":  # a group is of one of three kinds
+            assert sum(int(first[kind]) for kind in ("kept", "all_success", "all_fail")) == 1
+    # A policy that has learned nothing does the same everywhere, the expert does not.
+    assert float(first["policy_differs"]) < 0.02 < 0.1 < float(first["expert_differs"])
+    assert float(first["error"]) > 0.2
+
+
 def test_every_setting_that_is_compared_is_one_of_ript():
-    for settings in ml45.SETTINGS.values():
-        cfg = config(*map(str, ml45.DEVELOPMENT), "--task", "14", *settings.split())
-        assert (cfg.eval_contexts, cfg.groups) == (40, 16)
+    for name, (stage_2, stage_3, tasks) in ml45.SETTINGS.items():
+        words = *map(str, ml45.DEVELOPMENT), "--task", "14"
+        stage = ript.parse_config([*words, *stage_2.split()], sft.ImitationConfig, "IMITATION")
+        assert stage.demos_per_task == (3 if name.startswith("three") else 10) and tasks
+        cfg = config(*words, *stage_3.split())
+        assert cfg.eval_contexts == 40 and (cfg.model == "tiny") == (name != "three_all")
         assert ript.horizon_of(ript.load_suite(cfg.suite), 14) == 224
     assert ript.horizon_of(ript.load_suite(f"{ml45.__file__}:Longer"), 14) == 496
