@@ -78,4 +78,4 @@ def test_every_process_begins_with_the_same_random_weights(tmp_path):
 
 
 if __name__ == "__main__":
-    of_this_process()
+    ript.run_command(of_this_process)  # which leaves the group of processes at the end
