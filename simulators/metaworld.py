@@ -29,7 +29,7 @@ EXPERT_STEPS = {
     "drawer-open": 89, "faucet-open": 59, "faucet-close": 66, "hammer": 70, "handle-press-side": 45,
     "handle-press": 35, "handle-pull-side": 84, "handle-pull": 104, "lever-pull": 79, "pick-place-wall": 90,
     "pick-out-of-hole": 112, "push-back": 184, "pick-place": 52, "plate-slide": 51, "plate-slide-side": 47,
-    "plate-slide-back": 56, "plate-slide-back-side": 45, "peg-insert-side": 93, "peg-unplug-side": 123,
+    "plate-slide-back": 56, "plate-slide-back-side": 45, "peg-insert-side": 93, "peg-unplug-side": 122,
     "soccer": 84, "stick-push": 73, "stick-pull": 119, "push-wall": 80, "push": 60, "reach-wall": 46,
     "reach": 44, "shelf-place": 93, "sweep-into": 52, "sweep": 86, "window-open": 89, "window-close": 81,
     "bin-picking": 110, "box-close": 103, "hand-insert": 60, "door-lock": 63, "door-unlock": 43,
