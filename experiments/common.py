@@ -1,11 +1,14 @@
 """What the experiments share: running a script once, CSV files, and curves against rollouts."""
 import asyncio
 import csv
+import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +28,12 @@ BEGIN_AGAIN = "scripts/sft.py", "experiments/critic.py"
 def run_once(out: Path, script: str, *arguments, quiet: bool = False) -> Path:
     """Run a script of this repository with `--out out`, unless it has finished there before: -> out.
 
-    The file out/done is the mark of that. It has the peak memory of the script's process in GB."""
+    The file out/done is the mark of that. It has the words of the command, the seconds of the last process,
+    and its peak memory in GB. Raises UserError where out was made with other words."""
+    words = [str(word).replace(f"{ROOT}/", "") for word in (script, *arguments)]
     if (out / "done").exists():
+        same = json.loads((out / "done").read_text())["words"] == words
+        ript.require(same, f"{out} was made with other settings: delete it to make it again, or move it away")
         return out
     place = "--out"
     ript.require(not report.is_running(out), f"another run is using {out}: wait for its end")
@@ -35,10 +42,13 @@ def run_once(out: Path, script: str, *arguments, quiet: bool = False) -> Path:
     elif (out / "config.json").exists() or (out / "run.pt").exists():
         place = "--resume"  # a run that was interrupted goes on after its last complete iteration
     command = [str(word) for word in (sys.executable, ROOT / script, *arguments, place, out)]
+    began = time.time()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL if quiet else None)
     _, status, usage = os.wait4(process.pid, 0)
     ript.require(status == 0, f"this failed: {' '.join(command)}")
-    (out / "done").write_text(f"{usage.ru_maxrss / 2 ** 20:.3f}\n")  # Linux counts in KiB
+    memory_gb = usage.ru_maxrss / 2 ** 20  # Linux counts in KiB
+    done = dict(words=words, seconds=round(time.time() - began), memory_gb=round(memory_gb, 3))
+    (out / "done").write_text(json.dumps(done))
     return out
 
 def evaluated(out: Path, *arguments, quiet: bool = False) -> dict[str, int]:
@@ -61,7 +71,7 @@ class OtherScenes:
 
 def memory_gb(out: Path) -> float:
     """The peak memory of the process that run_once ran for this directory."""
-    return float((out / "done").read_text())
+    return json.loads((out / "done").read_text())["memory_gb"]
 
 def keep_results(out: Path, folder: Path, ending: str) -> None:
     """Write metrics.csv and evaluation.csv of a run, and copy them, as metrics_ENDING.csv, to folder."""
@@ -98,6 +108,13 @@ def add_noise_success() -> None:
         save_run(out, policy, optimizer, state)
 
     ript.evaluate, ript.save_run = evaluate_both, save_both
+
+def collected(cfg: ript.Config) -> dict:
+    """The statistics of one iteration's rollouts."""
+    with ript.open_simulators(cfg) as simulators:
+        policy = ript.load_policy(cfg.model).load(cfg)
+        context_of = partial(ript.training_context, cfg=cfg)
+        return ript.collect(policy, simulators, context_of, ript.TrainState(), cfg)[1]
 
 def ask(simulators: list[ript.Simulator], method: str, arguments: list[tuple]) -> list:
     """The answers of simulators to a method of the suite, which all of them work on at once."""

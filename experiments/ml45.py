@@ -26,9 +26,9 @@ import numpy as np
 import torch
 
 import ript
-from experiments.common import (RESULTS, ROOT, RUNS, SUCCESS, OtherScenes, add_noise_success, curve_of,
-                                evaluated, keep_results, kept_outcomes, plot_curves, print_header, print_row,
-                                read_csv, run_once, write_csv)
+from experiments.common import (RESULTS, ROOT, RUNS, SUCCESS, OtherScenes, add_noise_success, collected,
+                                curve_of, evaluated, keep_results, kept_outcomes, plot_curves, print_header,
+                                print_row, read_csv, run_once, write_csv)
 from policies.tiny import Tiny
 from scripts import report
 from simulators import metaworld
@@ -36,23 +36,25 @@ from simulators import metaworld
 KEPT = RESULTS / "metaworld"
 HERE = f"{ROOT}/experiments/ml45.py"
 DEVELOPMENT = "--suite", f"{HERE}:Development", "--eval_contexts", 40
-# What is compared in contexts of development: the settings of stage 2 and those of stage 3, beside the
-# suite's own, and the tasks in which this was tried. The first was the suite's own until then.
-THREE = "--demos_per_task 3 --sft_steps 600"
+# What is compared in contexts of development. Settings of stage 2, beside the suite's own, which has ten
+# demonstrations and 1200 steps; the first was its own until then.
+STARTS = dict(three="--demos_per_task 3 --sft_steps 600", three_long="--demos_per_task 3", ten="")
+# Which of these, settings of stage 3 beside the suite's own, and the tasks in which this was tried.
 ONE_STEP = "--minibatch 128 --clip_coef 0.1"
 GENTLE = "--lr 1e-4 --adam_beta1 0.9 --iterations 8"
-SETTINGS_TASKS = HAMMER, SLIDE = 17, 27  # hammer and plate-slide
+HAMMER, SLIDE = 17, 27  # the tasks hammer and plate-slide
 SETTINGS = dict(
-    three_half=(THREE, f"{ONE_STEP} --scale_multiplier 0.5", (HAMMER,)),
-    three_full=(THREE, ONE_STEP, (HAMMER, SLIDE)),
-    three_steps=(THREE, "--clip_coef 0.1", (HAMMER, SLIDE)),
-    three_all=(THREE, f"--clip_coef 0.1 --lr 1e-4 --model {HERE}:Everything", (HAMMER,)),
-    three=(THREE, "", (HAMMER, SLIDE)),
-    three_gentle=(THREE, GENTLE, (SLIDE,)),
-    three_many=(THREE, "--minibatch 128 --groups 48 --max_rejected 120", (SLIDE,)),
-    ten=("", "", (HAMMER, SLIDE)),
-    ten_half=("", "--scale_multiplier 0.5", (SLIDE,)),
-    ten_gentle=("", GENTLE, (SLIDE,)))
+    three_half=("three", f"{ONE_STEP} --scale_multiplier 0.5", (HAMMER,)),
+    three_full=("three", ONE_STEP, (HAMMER, SLIDE)),
+    three_steps=("three", "--clip_coef 0.1", (HAMMER, SLIDE)),
+    three_all=("three", f"--clip_coef 0.1 --lr 1e-4 --model {HERE}:Everything", (HAMMER,)),
+    three=("three", "", (HAMMER, SLIDE)),
+    three_gentle=("three", GENTLE, (SLIDE,)),
+    three_many=("three", "--minibatch 128 --groups 48 --max_rejected 120", (SLIDE,)),
+    three_long=("three_long", "", (HAMMER,)),
+    ten=("ten", "", (HAMMER, SLIDE)),
+    ten_half=("ten", "--scale_multiplier 0.5", (SLIDE,)),
+    ten_gentle=("ten", GENTLE, (SLIDE,)))
 SCALES = 1, 0.3, 0.1, 0.03  # of the noise, beside the suite's own
 
 
@@ -170,14 +172,19 @@ def table(names: list[str]) -> None:
         print_row(name, *cells_of(name))
 
 
+def starts_of_settings() -> list[tuple[str, int]]:
+    """The names in STARTS and the tasks of the policies that SETTINGS begin with."""
+    found = [(begin, task) for begin, _, tasks in SETTINGS.values() for task in tasks]
+    return sorted(set(found), key=found.index)
+
+
 def settings() -> None:
     """SETTINGS, in contexts of Development."""
     names = []
-    for name, (stage_2, stage_3, tasks) in SETTINGS.items():
+    for name, (begin, stage_3, tasks) in SETTINGS.items():
         for task in tasks:
             words = *DEVELOPMENT, "--task", task
-            demonstrations = "three" if stage_2 else "ten"
-            start = start_of(f"{demonstrations}_{task}", *words, *stage_2.split())
+            start = start_of(f"{begin}_{task}", *words, *STARTS[begin].split())
             names.append(f"{name}_{task}")
             learn(names[-1], start, *words, *stage_3.split())
     table(names)
@@ -187,25 +194,15 @@ def noise(groups: int = 20) -> None:
     """The policies after stage 2 of `settings`: groups of eight with more and with less noise, in
     contexts of Development. Writes docs/results/metaworld/noise.csv."""
     rows = []
-    for demonstrations in ("three", "ten"):
-        for task in SETTINGS_TASKS:
-            for scale in SCALES:
-                words = [*DEVELOPMENT, "--task", task, "--scale_multiplier", scale, "--groups", groups,
-                         "--max_rejected", 0, "--checkpoint", RUNS / f"ml45/{demonstrations}_{task}_sft"]
-                stats = collected(ript.parse_config([str(word) for word in words]))
-                shown = "rollout_success", "kept", "all_success", "all_fail"
-                rows.append(dict(demonstrations=demonstrations, task=task, scale=scale)
-                            | {name: stats[name] for name in shown})
-                print_row(*rows[-1].values())
+    for begin, task in starts_of_settings():
+        for scale in SCALES:
+            words = [*DEVELOPMENT, "--task", task, "--scale_multiplier", scale, "--groups", groups,
+                     "--max_rejected", 0, "--checkpoint", RUNS / f"ml45/{begin}_{task}_sft"]
+            stats = collected(ript.parse_config([str(word) for word in words]))
+            shown = "rollout_success", "kept", "all_success", "all_fail"
+            rows.append(dict(start=begin, task=task, scale=scale) | {name: stats[name] for name in shown})
+            print_row(*rows[-1].values())
     write_csv(KEPT / "noise.csv", rows)
-
-
-def collected(cfg: ript.Config) -> dict:
-    """The statistics of one iteration's rollouts."""
-    with ript.open_simulators(cfg) as simulators:
-        policy = ript.load_policy(cfg.model).load(cfg)
-        context_of = partial(ript.training_context, cfg=cfg)
-        return ript.collect(policy, simulators, context_of, ript.TrainState(), cfg)[1]
 
 
 def scenes(number: int = 50) -> None:
@@ -213,26 +210,28 @@ def scenes(number: int = 50) -> None:
     actions are from the expert's, and how much the first eight differ from scene to scene, beside the
     expert's. In normalised units; the noise's b is 0.1. Writes docs/results/metaworld/scenes.csv."""
     simulator = Development(64, True)
+    shown = {}
     rows = []
-    for task in SETTINGS_TASKS:
+    for begin, task in starts_of_settings():
         text = Development.INSTRUCTIONS[task]
-        shown = [simulator.demonstrate(ript.Context(task, text, 1_000 + seed)) for seed in range(number)]
-        for demonstrations in ("three", "ten"):
-            policy = Tiny.from_pretrained(RUNS / f"ml45/{demonstrations}_{task}_sft")
-            errors, firsts, experts = [], [], []
-            for episode in shown:
-                starts = range(0, len(episode.actions) - policy.chunk + 1, policy.chunk)
-                seen = [policy.preprocess(episode.observations[start]) for start in starts]
-                with torch.no_grad():
-                    mean, _ = policy.predict(seen, [text] * len(seen))
-                wanted = np.stack([episode.actions[start:start + policy.chunk] for start in starts])
-                errors.append(np.abs(mean.numpy() - wanted).mean())
-                firsts.append(mean[0].numpy())
-                experts.append(wanted[0])
-            differ = [np.std(chunks, axis=0).mean() for chunks in (firsts, experts)]
-            rows.append(dict(task=task, demonstrations=demonstrations, error=f"{np.mean(errors):.3f}",
-                             policy_differs=f"{differ[0]:.3f}", expert_differs=f"{differ[1]:.3f}"))
-            print_row(*rows[-1].values())
+        if task not in shown:
+            contexts = [ript.Context(task, text, 1_000 + seed) for seed in range(number)]
+            shown[task] = [simulator.demonstrate(context) for context in contexts]
+        policy = Tiny.from_pretrained(RUNS / f"ml45/{begin}_{task}_sft")
+        errors, firsts, experts = [], [], []
+        for episode in shown[task]:
+            begins = range(0, len(episode.actions) - policy.chunk + 1, policy.chunk)
+            seen = [policy.preprocess(episode.observations[t]) for t in begins]
+            with torch.no_grad():
+                mean, _ = policy.predict(seen, [text] * len(seen))
+            wanted = np.stack([episode.actions[t:t + policy.chunk] for t in begins])
+            errors.append(np.abs(mean.numpy() - wanted).mean())
+            firsts.append(mean[0].numpy())
+            experts.append(wanted[0])
+        differ = [np.std(chunks, axis=0).mean() for chunks in (firsts, experts)]
+        rows.append(dict(start=begin, task=task, error=f"{np.mean(errors):.3f}",
+                         policy_differs=f"{differ[0]:.3f}", expert_differs=f"{differ[1]:.3f}"))
+        print_row(*rows[-1].values())
     write_csv(KEPT / "scenes.csv", rows)
 
 

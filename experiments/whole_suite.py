@@ -1,21 +1,27 @@
 """A whole suite of LIBERO in one policy, without a GPU: ten tasks, 50 stored states each.
 
-    python experiments/whole_suite.py starts     stage 2 with several policies, in contexts of development
+    python experiments/whole_suite.py starts     stage 2 with several settings, in contexts of development
+    python experiments/whole_suite.py settings   stage 3 with several settings, in contexts of development
     python experiments/whole_suite.py run        stages 2 and 3, two seeds: tables and a figure by task
-    python experiments/whole_suite.py misled     these policies, told to take another thing of the same scene
+    python experiments/whole_suite.py senses     these policies, told to take another thing, or blind
     python experiments/whole_suite.py arms       seed 0: tasks drawn by their signal; the 7B's adapters
     python experiments/whole_suite.py train ARM ARGUMENTS    one run of an arm, as ript.py has it
 
 The suite is libero_object or, with `--suite libero_spatial`, that one; scripted experts demonstrate. `starts`
-is there to choose settings in fresh scenes, so that the stored states stay unseen. `--seeds 0` is for one
-seed. Results go to docs/results/whole_suite. None of this has run to its end yet.
+and `settings` are there to choose in fresh scenes, so that the stored states stay unseen; they use a seed of
+their own. `--seeds 0` is for one seed. Results go to docs/results/whole_suite. None of this has run to its
+end yet.
 """
+import os
+# What is learned depends on the number of threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
-import json
+import time
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -24,35 +30,32 @@ import numpy as np
 
 import ript
 from experiments.adapters import ONE_STEP
-from experiments.common import (RESULTS, ROOT, RUNS, OtherScenes, curve_of, evaluated, keep_results,
-                                print_header, print_row, read_csv, run_once, write_csv)
-from policies.tiny import Tiny
+from experiments.common import (RESULTS, ROOT, RUNS, OtherScenes, collected, curve_of, evaluated,
+                                keep_results, print_header, print_row, read_csv, run_once, write_csv)
 from scripts import report
 from simulators.libero_experts import LiberoObject, LiberoSpatial
 
 KEPT = RESULTS / "whole_suite"
 TASKS = range(10)
 HERE = f"{ROOT}/experiments/whole_suite.py"
-# Settings of stage 2 that are compared in contexts of development.
-WIDE = f"--model {HERE}:Small --image_size 64 --collision --act_batch 1"
-STARTS = dict(short=("", "--demos_per_task 4 --sft_steps 600"),
-              long=("", "--demos_per_task 4 --sft_steps 2000"),
-              small=(WIDE, "--demos_per_task 4 --sft_steps 2000"))
+# What is compared in contexts of development: settings of stage 2, and settings of stage 3 beside STAGE_3.
+STARTS = dict(four="--demos_per_task 4 --sft_steps 2000", four_long="--demos_per_task 4 --sft_steps 4000",
+              ten="--demos_per_task 10 --sft_steps 4000")
+# Of these each has 960 to 1,920 rollouts, with a learning rate that does not fall.
+SMALL = "--iterations 6 --anneal false"
+LARGE = "--iterations 3 --anneal false --groups 40 --max_rejected 40"
+SETTINGS = dict(small=SMALL, large=f"{LARGE} --minibatch 320", fast=f"{SMALL} --lr 2e-4",
+                steps=f"{LARGE} --minibatch 80 --clip_coef 0.9")
 # Of stage 2, and of stage 3 beside the suite's preset: a first guess, which nothing has been compared with.
-STAGE_2 = "--demos_per_task 4 --sft_steps 2000"
-STAGE_3 = "--groups 40 --max_rejected 40 --minibatch 320 --iterations 10 --eval_every 5"
+CHOSEN = "four"
+STAGE_2 = STARTS[CHOSEN]
+STAGE_3 = "--groups 20 --max_rejected 20 --minibatch 160 --iterations 20 --eval_every 10"
 # Of each arm: what the figure calls it, and its settings beside STAGE_3.
 ARMS = dict(even=("tasks in turn", ""), signal=("tasks drawn by their signal", ""),
             adapters=("the 7B's adapters, one step of 5e-5",
                       f"--model {ROOT}/experiments/adapters.py:Adapted {ONE_STEP} 5e-5"))
 SEEDS = 0, 1
-
-
-class Small(Tiny):
-    """The laptop's policy with wider towers and a larger decoder: 2.3 million parameters."""
-    TOWERS = (dict(embed_dim=96, keypoints=32),) * 2
-    LLM = dict(vocab_size=259, hidden_size=192, intermediate_size=384, num_hidden_layers=3,
-               num_attention_heads=6)
+DEVELOPMENT_SEED = 2
 
 
 class ObjectDevelopment(OtherScenes, LiberoObject):
@@ -72,25 +75,71 @@ class Misled:
         self.INSTRUCTIONS = [texts[other] for other in self.OTHER]
 
 
+class Obeyed:
+    """Before a misled suite among the bases of a class: success is what the policy is told to do."""
+    def make_env(self, task):
+        """The usual environment with another goal, which is no part of a state."""
+        super().make_env(task)
+        (relation, _, place), = self.env.parsed_problem["goal_state"]
+        _, target = self.env.obj_of_interest
+        self.env.parsed_problem["goal_state"] = [[relation, self.told(task), place]]
+        self.env.obj_of_interest = [self.told(task), target]  # for the expert
+
+
+class Blind:
+    """A suite whose cameras see grey."""
+    def render(self, camera, size, collision):
+        """A grey picture."""
+        return np.full((size, size, 3), 128, np.uint8)
+
+
 class ObjectMisled(Misled, LiberoObject):
     """LIBERO-Object: the first of each scene's other things, in the order of LIBERO's file of the task."""
     OTHER = (2, 0, 4, 8, 3, 7, 5, 1, 9, 6)
+
+    def told(self, task):
+        """The name of that thing in the scene."""
+        thing, _ = self.INSTRUCTIONS[task].removeprefix("pick up the ").split(" and place it ")
+        return f"{thing.replace(' ', '_')}_1"
+
+
+class ObjectObeyed(Obeyed, ObjectMisled):
+    """LIBERO-Object: success is the other thing in the basket."""
+
+
+class ObjectBlind(Blind, LiberoObject):
+    """LIBERO-Object without pictures."""
 
 
 class SpatialMisled(Misled, LiberoSpatial):
     """LIBERO-Spatial: the other bowl."""
     OTHER = (1, 6, 8, 9, 9, 3, 7, 9, 1, 7)
 
+    def told(self, task):
+        """The other bowl's name, which is the same in every scene."""
+        return "akita_black_bowl_2"
+
+
+class SpatialObeyed(Obeyed, SpatialMisled):
+    """LIBERO-Spatial: success is the other bowl on the plate."""
+
+
+class SpatialBlind(Blind, LiberoSpatial):
+    """LIBERO-Spatial without pictures."""
+
 
 class Variants(NamedTuple):
-    """A suite as it is, for choosing settings, and for the control."""
+    """A suite as it is, for choosing settings, and for the controls."""
     usual: type
     development: type
     misled: type
+    obeyed: type
+    blind: type
 
 
-SUITES = dict(libero_object=Variants(LiberoObject, ObjectDevelopment, ObjectMisled),
-              libero_spatial=Variants(LiberoSpatial, SpatialDevelopment, SpatialMisled))
+SUITES = dict(
+    libero_object=Variants(LiberoObject, ObjectDevelopment, ObjectMisled, ObjectObeyed, ObjectBlind),
+    libero_spatial=Variants(LiberoSpatial, SpatialDevelopment, SpatialMisled, SpatialObeyed, SpatialBlind))
 
 
 # ---------------------------------------------------------------------------------------------- one run
@@ -108,14 +157,16 @@ def numbers_by_task(groups: list[list[ript.Episode]]) -> dict:
 
 def add_tasks() -> None:
     """From now on ript.main's rows in this process have numbers_by_task and, where they have eval_success,
-    that of each task N as eval_N."""
+    that of each task N as eval_N and the evaluation's seconds."""
     rollout_stats, evaluate, save_run, found = ript.rollout_stats, ript.evaluate, ript.save_run, {}
 
     def stats_by_task(groups):
         return rollout_stats(groups) | numbers_by_task(groups)
 
     def evaluate_tasks(policy, simulators, contexts, cfg, name):
+        began = time.time()
         success = evaluate(policy, simulators, contexts, cfg, name)
+        found["seconds_evaluation"] = time.time() - began
         outcomes, _ = report.read_outcomes(Path(cfg.out, f"evaluation_{name}.json"), cfg)
         for task, won in by_task(outcomes).items():
             found[f"eval_{task}"] = sum(won) / len(won)
@@ -139,21 +190,24 @@ def by_task(outcomes: dict) -> dict[int, list[bool]]:
 
 
 def draw_by_signal() -> None:
-    """From now on the task of each training context of this process is drawn. A task's weight is its share of
-    groups with signal in the last iteration, (kept + 1) / (groups + 2), so that no task is left out."""
-    training_context = ript.training_context
+    """From now on the task of each training context of this process is drawn by the last iteration's row."""
+    collect = ript.collect
 
-    def drawn(number, cfg):
-        tasks = ript.tasks_of(cfg)
-        metrics = Path(cfg.out, "metrics.jsonl")
-        rows = metrics.read_text().splitlines() if metrics.exists() else ["{}"]
-        last = json.loads(rows[-1])
-        shares = [(1 + last.get(f"kept_{task}", 0)) / (2 + last.get(f"groups_{task}", 0)) for task in tasks]
-        rng = np.random.default_rng([cfg.seed, number, 1])
-        task = int(rng.choice([*tasks], p=np.array(shares) / sum(shares)))
-        return replace(training_context(number, cfg), task=task, instruction=tasks[task])
+    def collect_drawn(policy, simulators, context_of, state, cfg):
+        drawn = partial(context_by_signal, row=state.history[-1], cfg=cfg)
+        return collect(policy, simulators, drawn, state, cfg)
 
-    ript.training_context = drawn
+    ript.collect = collect_drawn
+
+
+def context_by_signal(number: int, row: dict, cfg: ript.Config) -> ript.Context:
+    """The usual training context with a task that is drawn. A task's weight is the share of its groups with
+    signal in a row of metrics, (kept + 1) / (groups + 2), so that no task is left out."""
+    tasks = ript.tasks_of(cfg)
+    shares = [(1 + row.get(f"kept_{task}", 0)) / (2 + row.get(f"groups_{task}", 0)) for task in tasks]
+    rng = np.random.default_rng([cfg.seed, number, 1])
+    task = int(rng.choice([*tasks], p=np.array(shares) / sum(shares)))
+    return replace(ript.training_context(number, cfg), task=task, instruction=tasks[task])
 
 
 def train(arm: str, argv: list[str]) -> None:
@@ -176,32 +230,79 @@ def total(outcomes: dict[int, list[bool]]) -> list[bool]:
     return [won for of_task in outcomes.values() for won in of_task]
 
 
+def words_of(suite: str, kind: str, seed: int) -> list:
+    """The arguments that choose one of a suite's Variants, with ten contexts of each task unless it is the
+    usual one, and a seed."""
+    if kind == "usual":
+        return ["--suite", suite, "--seed", seed]
+    name = getattr(SUITES[suite], kind).__name__
+    return ["--suite", f"{HERE}:{name}", "--eval_contexts", 10, "--seed", seed]
+
+
+def development_start(suite: str, name: str) -> Path:
+    """The policy after stage 2 with one of STARTS, in development."""
+    words = words_of(suite, "development", DEVELOPMENT_SEED)
+    out = RUNS / f"whole_suite/{suite}_{name}_start"
+    return run_once(out, "scripts/sft.py", *words, *STARTS[name].split())
+
+
 def starts(suite: str, seeds: tuple[int, ...]) -> None:
-    """STARTS in fresh scenes of development, a line for each."""
-    print_header("", "all tasks", *TASKS)
-    development = "--suite", f"{HERE}:{SUITES[suite].development.__name__}", "--eval_contexts", 10
-    for name, (model, settings) in STARTS.items():
-        words = *model.split(), *development, "--seed", seeds[0]
-        out = RUNS / f"whole_suite/{suite}_{name}_start"
-        start = run_once(out, "scripts/sft.py", *words, *settings.split())
-        found = by_task(evaluated(out.with_name(f"{out.name}_eval"), *words, "--checkpoint", start))
-        print_row(name, share(total(found)), *(sum(won) for won in found.values()))
+    """STARTS in contexts of development: success with the mean, and of three groups of each task with noise
+    their success and how many have signal. Then the starts of seeds themselves."""
+    policies = {name: (development_start(suite, name), DEVELOPMENT_SEED) for name in STARTS}
+    policies |= {f"seed {seed}": (start_of(suite, seed), seed) for seed in seeds}
+    add_tasks()
+    print_header("", "", "all tasks", *TASKS)
+    rows = []
+    for name, (policy, seed) in policies.items():
+        words = *words_of(suite, "development", seed), "--checkpoint", policy
+        found = by_task(evaluated(policy.with_name(f"{policy.name}_eval"), *words))
+        rows.append([name, "mean", share(total(found)), *(sum(won) for won in found.values())])
+        print_row(*rows[-1])
+        words = *words, "--groups", 3 * len(TASKS), "--max_rejected", 0
+        stats = collected(ript.parse_config([str(word) for word in words]))
+        rows.append([name, "noise", f"{stats['rollout_success']:.0%}",
+                     *(f"{stats[f'success_{task}']:.0%}, {stats[f'kept_{task}']}" for task in TASKS)])
+        print_row(*rows[-1])
+    names = "start", "with", "all", *(f"task_{task}" for task in TASKS)
+    write_csv(KEPT / f"{suite}_starts.csv", [dict(zip(names, row)) for row in rows])
 
 
 def start_of(suite: str, seed: int) -> Path:
     """The policy after stage 2 that all arms of a seed start from."""
-    out = RUNS / f"whole_suite/{suite}_{seed}_sft"
-    return run_once(out, "scripts/sft.py", "--suite", suite, "--seed", seed, *STAGE_2.split())
+    words = words_of(suite, "usual", seed)
+    return run_once(RUNS / f"whole_suite/{suite}_{seed}_sft", "scripts/sft.py", *words, *STAGE_2.split())
 
 
-def learn(suite: str, arm: str, seed: int) -> Path:
+def learn(name: str, arm: str, start: Path, *words) -> Path:
     """One run of stage 3, as far as it is missing: -> its directory. Its results are kept."""
     _, settings = ARMS[arm]
-    name = f"{suite}_{arm}_{seed}"
-    out = run_once(RUNS / f"whole_suite/{name}", "experiments/whole_suite.py", "train", arm, "--suite", suite,
-                   "--seed", seed, *STAGE_3.split(), *settings.split(), "--checkpoint", start_of(suite, seed))
+    out = run_once(RUNS / f"whole_suite/{name}", "experiments/whole_suite.py", "train", arm,
+                   *STAGE_3.split(), *settings.split(), *words, "--checkpoint", start)
     keep_results(out, KEPT, name)
     return out
+
+
+def learned(suite: str, arm: str, seed: int) -> Path:
+    """The run of an arm: -> its directory."""
+    return learn(f"{suite}_{arm}_{seed}", arm, start_of(suite, seed), *words_of(suite, "usual", seed))
+
+
+def settings(suite: str, seeds: tuple[int, ...]) -> None:
+    """SETTINGS in contexts of development, all from one start: success by task before and after."""
+    words = words_of(suite, "development", DEVELOPMENT_SEED)
+    start = development_start(suite, CHOSEN)
+    print_header("", "SFT", "RIPT", "gained, lost, p", "rollouts", "with signal", *TASKS)
+    for name, settings in SETTINGS.items():
+        name = f"{suite}_settings_{name}"
+        learn(name, "even", start, *words, *settings.split())
+        before, after = (outcomes_of(name, stage) for stage in ("SFT", "RIPT"))
+        gained, lost, p = report.mcnemar(total(before), total(after))
+        rows = [row for row in read_csv(KEPT / f"metrics_{name}.csv") if "rollouts" in row]
+        rollouts, kept = (sum(int(row[column]) for row in rows) for column in ("rollouts", "kept"))
+        print_row(name, share(total(before)), share(total(after)), f"{gained}, {lost}, {p:.1g}", rollouts,
+                  f"{kept * ript.Config.rollouts / rollouts:.0%}",
+                  *(f"{sum(before[task])} -> {sum(after[task])}" for task in TASKS))
 
 
 def outcomes_of(name: str, stage: str) -> dict[int, list[bool]]:
@@ -261,37 +362,43 @@ def run(suite: str, seeds: tuple[int, ...]) -> None:
     """Stages 2 and 3 of each seed."""
     names = {f"{suite}_even_{seed}": f"seed {seed}" for seed in seeds}
     for seed in seeds:
-        learn(suite, "even", seed)
+        learned(suite, "even", seed)
     table([*names])
-    figure(KEPT / f"{suite}.png", suite, names)
+    if tuple(seeds) == SEEDS:
+        figure(KEPT / f"{suite}.png", suite, names)
 
 
 def arms(suite: str, seeds: tuple[int, ...]) -> None:
     """Every arm of the first seed."""
     names = {f"{suite}_{arm}_{seeds[0]}": title for arm, (title, _) in ARMS.items()}
     for arm in ARMS:
-        learn(suite, arm, seeds[0])
+        learned(suite, arm, seeds[0])
     table([*names])
     figure(KEPT / f"{suite}_arms.png", suite, names)
 
 
-def misled(suite: str, seeds: tuple[int, ...]) -> None:
-    """Success at the scene's own goal of policies that are told to take another thing."""
-    print_header("seed", "stage", "all tasks", *TASKS)
+def senses(suite: str, seeds: tuple[int, ...]) -> None:
+    """Success in ten contexts of each task, before and after stage 3: as it is, blind, and where the policy
+    is told to take another thing, at the scene's own goal and at what it is told."""
     rows = []
+    print_header("seed", "stage", "", "all tasks", *TASKS)
     for seed in seeds:
-        policies = dict(SFT=start_of(suite, seed), RIPT=learn(suite, "even", seed) / "last")
+        policies = dict(SFT=start_of(suite, seed), RIPT=learned(suite, "even", seed) / "last")
         for stage, policy in policies.items():
-            out = RUNS / f"whole_suite/{suite}_misled_{seed}_{stage}"
-            found = by_task(evaluated(out, "--suite", f"{HERE}:{SUITES[suite].misled.__name__}",
-                                      "--eval_contexts", 10, "--checkpoint", policy))
-            cells = {f"task {task}": sum(won) for task, won in found.items()}
-            rows.append(dict(seed=seed, stage=stage, all=share(total(found)), **cells))
-            print_row(*rows[-1].values())
-    write_csv(KEPT / f"{suite}_misled.csv", rows)
+            outcomes = outcomes_of(f"{suite}_even_{seed}", stage)
+            found = dict(usual={task: won[:10] for task, won in outcomes.items()})
+            for kind in ("blind", "misled", "obeyed"):
+                out = RUNS / f"whole_suite/{suite}_{kind}_{seed}_{stage}"
+                found[kind] = by_task(evaluated(out, *words_of(suite, kind, seed), "--checkpoint", policy))
+            for kind, won in found.items():
+                cells = {f"task_{task}": sum(of_task) for task, of_task in won.items()}
+                rows.append(dict(seed=seed, stage=stage, kind=kind, all=share(total(won))) | cells)
+                print_row(*rows[-1].values())
+    if tuple(seeds) == SEEDS:
+        write_csv(KEPT / f"{suite}_senses.csv", rows)
 
 
-COMMANDS = dict(starts=starts, run=run, misled=misled, arms=arms)
+COMMANDS = dict(starts=starts, settings=settings, run=run, senses=senses, arms=arms)
 
 
 def main(argv=None):

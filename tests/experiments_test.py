@@ -41,7 +41,9 @@ def test_a_script_runs_once_and_goes_on_where_it_was_interrupted(tmp_path):
         common.run_once(out, script, 1, "a")
     assert not (out / "done").exists()
     assert common.run_once(out, script, 0, "b") == out
-    common.run_once(out, script, 0, "c")
+    common.run_once(out, script, 0, "b")
+    with pytest.raises(ript.UserError, match="out was made with other settings: delete it"):
+        common.run_once(out, script, 0, "c")
     assert (out / "log").read_text() == "--out 1 a\n--resume 0 b\n"
     assert 0 < common.memory_gb(out) < 10
 

@@ -152,20 +152,21 @@ def test_the_table_says_what_decides_whether_a_run_learns(monkeypatch, tmp_path,
 
 def test_policies_after_stage_2_are_looked_at_with_other_noise_and_in_other_scenes(monkeypatch, tmp_path):
     task = ML45.NAMES.index("reach")
-    for name, value in dict(KEPT=tmp_path, RUNS=tmp_path, SETTINGS_TASKS=(task,), SCALES=(0.5,)).items():
+    settings = {name: (name, "", (task,)) for name in ("three", "ten")}
+    for name, value in dict(KEPT=tmp_path, RUNS=tmp_path, SETTINGS=settings, SCALES=(0.5,)).items():
         monkeypatch.setattr(ml45, name, value)
     torch.manual_seed(0)
     policy = Tiny(Tiny.STATISTICS | ML45.STATISTICS)
     policy.trained_with = Tiny.settings_of(config(*map(str, ml45.DEVELOPMENT)))
-    for demonstrations in ("three", "ten"):
-        out = tmp_path / f"ml45/{demonstrations}_{task}_sft"
+    for begin in settings:
+        out = tmp_path / f"ml45/{begin}_{task}_sft"
         out.mkdir(parents=True)
         policy.save(out)
     ml45.noise(groups=1)
     ml45.scenes(number=3)
     for name in ("noise.csv", "scenes.csv"):
         first, second = common.read_csv(tmp_path / name)
-        assert first.pop("demonstrations") == "three" and second.pop("demonstrations") == "ten"
+        assert first.pop("start") == "three" and second.pop("start") == "ten"
         assert first == second  # of the same policy
         if name == "noise.csv":  # a group is of one of three kinds
             assert sum(int(first[kind]) for kind in ("kept", "all_success", "all_fail")) == 1
@@ -175,9 +176,10 @@ def test_policies_after_stage_2_are_looked_at_with_other_noise_and_in_other_scen
 
 
 def test_every_setting_that_is_compared_is_one_of_ript():
-    for name, (stage_2, stage_3, tasks) in ml45.SETTINGS.items():
+    for name, (begin, stage_3, tasks) in ml45.SETTINGS.items():
         words = *map(str, ml45.DEVELOPMENT), "--task", "14"
-        stage = ript.parse_config([*words, *stage_2.split()], sft.ImitationConfig, "IMITATION")
+        stage_2 = ml45.STARTS[begin].split()
+        stage = ript.parse_config([*words, *stage_2], sft.ImitationConfig, "IMITATION")
         assert stage.demos_per_task == (3 if name.startswith("three") else 10) and tasks
         cfg = config(*words, *stage_3.split())
         assert cfg.eval_contexts == 40 and (cfg.model == "tiny") == (name != "three_all")

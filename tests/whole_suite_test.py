@@ -39,21 +39,24 @@ def test_rows_say_of_each_task_its_groups_and_its_evaluation(monkeypatch, tmp_pa
     state = ript.TrainState(history=[ript.rollout_stats(groups)])
     assert ript.evaluate(None, None, [], cfg, "SFT") == 0.5
     ript.save_run(tmp_path, None, None, state)
+    assert saved[0].pop("seconds_evaluation") > 0
     assert saved == [found | dict(kept=1, eval_0=0.5, eval_2=0, eval_10=1)]
     state.history = [{}]  # an iteration without an evaluation
     ript.save_run(tmp_path, None, None, state)
     assert saved[1:] == [{}]
 
 
-def test_tasks_with_signal_are_drawn_more_often_and_none_is_left_out(monkeypatch, tmp_path):
-    monkeypatch.setattr(ript, "training_context", ript.training_context)
-    cfg = config("--suite", "libero_object", "--out", tmp_path)
+def test_tasks_with_signal_are_drawn_more_often_and_none_is_left_out(monkeypatch):
+    # In place of rollouts, the contexts that they would have.
+    monkeypatch.setattr(ript, "collect", lambda policy, simulators, context_of, state, cfg: context_of)
+    cfg = config("--suite", "libero_object")
     usual = ript.training_context
     whole_suite.draw_by_signal()
+    state = ript.TrainState(history=[dict(iteration=0, eval_success=0.1)])
 
     def shares():
-        contexts = [ript.training_context(number, cfg) for number in range(400)]
-        assert contexts == [ript.training_context(number, cfg) for number in range(400)]
+        contexts = [ript.collect(None, None, usual, state, cfg)(number) for number in range(400)]
+        assert contexts == [ript.collect(None, None, usual, state, cfg)(number) for number in range(400)]
         assert [context.seed for context in contexts] == [usual(number, cfg).seed for number in range(400)]
         texts = ript.tasks_of(cfg)
         assert all(context.instruction == texts[context.task] for context in contexts)
@@ -62,7 +65,7 @@ def test_tasks_with_signal_are_drawn_more_often_and_none_is_left_out(monkeypatch
     assert (abs(shares() - 0.1) < 0.05).all()
     row = {f"groups_{task}": 8 for task in range(10)}
     row |= {f"kept_{task}": 8 * (task == 4) for task in range(10)}
-    (tmp_path / "metrics.jsonl").write_text('{"iteration": 0}\n' + json.dumps(row) + "\n")
+    state.history.append(row)
     found = shares()
     assert found[4] > 0.4 and (found > 0).all()
 
@@ -85,10 +88,26 @@ def test_the_control_asks_for_a_thing_that_lies_in_the_same_scene():
         assert place_of(2, task) == place_of(1, other)
 
 
+@pytest.mark.parametrize("obeyed", (whole_suite.ObjectObeyed, whole_suite.SpatialObeyed))
+def test_where_a_policy_is_told_another_thing_that_thing_can_be_the_goal(obeyed):
+    suite = obeyed(image_size=16, collision=True)
+    context = Context(0, suite.INSTRUCTIONS[0], 3)
+    suite.reset(context)
+    goal, = suite.env.parsed_problem["goal_state"]
+    assert suite.told(0) in goal and suite.env.obj_of_interest[0] == suite.told(0)
+    assert suite.demonstrate(context).success
+    usual = suite.benchmark.tasks[0].language
+    scene = Path(suite.benchmark.get_task_bddl_file_path(0)).read_text()
+    (relation, thing, place), = re.findall(r"\(:goal\s+\(And \((\w+) (\w+) (\w+)\)\)", scene)
+    assert thing != suite.told(0) and suite.INSTRUCTIONS[0] != usual
+    suite.env.parsed_problem["goal_state"] = [[relation.lower(), thing, place]]
+    assert not suite.success()
+
+
 def test_every_arm_is_one_of_ript_and_development_has_other_scenes(monkeypatch):
     for _, settings in whole_suite.ARMS.values():
         cfg = config("--suite", "libero_object", *whole_suite.STAGE_3.split(), *settings.split())
-        assert (cfg.groups, cfg.scale_multiplier, cfg.eval_contexts, cfg.image_size) == (40, 0.5, 50, 64)
+        assert (cfg.groups, cfg.scale_multiplier, cfg.eval_contexts, cfg.image_size) == (20, 0.5, 50, 64)
     cfg = config("--suite", f"{whole_suite.__file__}:ObjectDevelopment", "--eval_contexts", 10)
     contexts = ript.evaluation_contexts(cfg)
     assert len(contexts) == 100 and all(context.state is None for context in contexts)
