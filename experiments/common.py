@@ -109,12 +109,12 @@ def add_noise_success() -> None:
 
     ript.evaluate, ript.save_run = evaluate_both, save_both
 
-def collected(cfg: ript.Config) -> dict:
-    """The statistics of one iteration's rollouts."""
+def collect_once(cfg: ript.Config) -> tuple:
+    """The rollouts of a run's first iteration: -> the policy, its kept episodes, and statistics."""
     with ript.open_simulators(cfg) as simulators:
         policy = ript.load_policy(cfg.model).load(cfg)
         context_of = partial(ript.training_context, cfg=cfg)
-        return ript.collect(policy, simulators, context_of, ript.TrainState(), cfg)[1]
+        return policy, *ript.collect(policy, simulators, context_of, ript.TrainState(), cfg)
 
 def ask(simulators: list[ript.Simulator], method: str, arguments: list[tuple]) -> list:
     """The answers of simulators to a method of the suite, which all of them work on at once."""

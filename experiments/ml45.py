@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import ript
-from experiments.common import (RESULTS, ROOT, RUNS, SUCCESS, OtherScenes, add_noise_success, collected,
+from experiments.common import (RESULTS, ROOT, RUNS, SUCCESS, OtherScenes, add_noise_success, collect_once,
                                 curve_of, evaluated, keep_results, kept_outcomes, plot_curves, print_header,
                                 print_row, read_csv, run_once, write_csv)
 from policies.tiny import Tiny
@@ -39,29 +39,50 @@ DEVELOPMENT = "--suite", f"{HERE}:Development", "--eval_contexts", 40
 # What is compared in contexts of development. Settings of stage 2, beside the suite's own, which has ten
 # demonstrations and 1200 steps; the first was its own until then.
 STARTS = dict(three="--demos_per_task 3 --sft_steps 600", three_long="--demos_per_task 3", ten="")
-# Which of these, settings of stage 3 beside the suite's own, and the tasks in which this was tried.
-ONE_STEP = "--minibatch 128 --clip_coef 0.1"
-GENTLE = "--lr 1e-4 --adam_beta1 0.9 --iterations 8"
-HAMMER, SLIDE = 17, 27  # the tasks hammer and plate-slide
+# Which of these, or the policy that `tasks` begins with; settings of stage 3 beside the suite's own; and the
+# tasks in which this was tried.
+LARGE = "--groups 16 --max_rejected 40 --iterations 4 --eval_every 2"
+HEAD = f"{LARGE} --model {HERE}:HeadOnly --lr 3e-4"
+ONE_STEP = f"{HEAD} --minibatch 128 --clip_coef 0.1"
+GENTLE = f"{HEAD} --lr 1e-4 --adam_beta1 0.9 --iterations 8"
+HAMMER, SLIDE, LEVER, DIAL = 17, 27, 22, 9  # the tasks hammer, plate-slide, lever-pull and dial-turn
 SETTINGS = dict(
     three_half=("three", f"{ONE_STEP} --scale_multiplier 0.5", (HAMMER,)),
     three_full=("three", ONE_STEP, (HAMMER, SLIDE)),
-    three_steps=("three", "--clip_coef 0.1", (HAMMER, SLIDE)),
-    three_all=("three", f"--clip_coef 0.1 --lr 1e-4 --model {HERE}:Everything", (HAMMER,)),
-    three=("three", "", (HAMMER, SLIDE)),
+    three_steps=("three", f"{HEAD} --clip_coef 0.1", (HAMMER, SLIDE)),
+    three_all=("three", f"{LARGE} --clip_coef 0.1", (HAMMER,)),
+    three=("three", HEAD, (HAMMER, SLIDE)),
     three_gentle=("three", GENTLE, (SLIDE,)),
-    three_many=("three", "--minibatch 128 --groups 48 --max_rejected 120", (SLIDE,)),
-    three_long=("three_long", "", (HAMMER,)),
-    ten=("ten", "", (HAMMER, SLIDE)),
-    ten_half=("ten", "--scale_multiplier 0.5", (SLIDE,)),
-    ten_gentle=("ten", GENTLE, (SLIDE,)))
+    three_many=("three", f"{HEAD} --minibatch 128 --groups 48 --max_rejected 120", (SLIDE,)),
+    three_long=("three_long", HEAD, (HAMMER,)),
+    ten=("ten", HEAD, (HAMMER, SLIDE)),
+    ten_half=("ten", f"{HEAD} --scale_multiplier 0.5", (SLIDE,)),
+    ten_gentle=("ten", GENTLE, (SLIDE,)),
+    ten_all=("ten", LARGE, (HAMMER, SLIDE)),
+    ten_small=("ten", "", (HAMMER, SLIDE)),
+    own=("own", HEAD, (LEVER, DIAL)),
+    own_upstream=("own", f"{LARGE} --model {HERE}:Upstream", (LEVER,)),
+    own_all=("own", LARGE, (LEVER, DIAL)),
+    own_small=("own", "", (LEVER, DIAL)))
 SCALES = 1, 0.3, 0.1, 0.03  # of the noise, beside the suite's own
 
 
-class Everything(Tiny):
-    """The laptop's policy, of which all but the scale head learns in stage 3."""
-    trained = Tiny.sft_modules
+class HeadOnly(Tiny):
+    """The laptop's policy, of which the action head alone learns in stage 3."""
+    PARTS = ("action_head",)
     PRESET = dict.fromkeys(("metaworld", f"{HERE}:Development"), metaworld.ML45.PRESET["tiny"])
+
+    @classmethod
+    def load(cls, cfg):
+        """The usual policy; PARTS of it learn."""
+        policy = super().load(cfg)
+        policy.train_only(cls.PARTS)
+        return policy
+
+
+class Upstream(HeadOnly):
+    """The laptop's policy, of which all but its two heads learns in stage 3."""
+    PARTS = tuple(name for name in Tiny.sft_modules if name != "action_head")
 
 
 class Development(OtherScenes, metaworld.ML45):
@@ -172,8 +193,15 @@ def table(names: list[str]) -> None:
         print_row(name, *cells_of(name))
 
 
+def begin_of(begin: str, task: int) -> Path:
+    """The policy that an arm of SETTINGS begins with."""
+    if begin == "own":
+        return start_of(f"task{task}_0", "--suite", "metaworld", "--seed", 0, "--task", task)
+    return start_of(f"{begin}_{task}", *DEVELOPMENT, "--task", task, *STARTS[begin].split())
+
+
 def starts_of_settings() -> list[tuple[str, int]]:
-    """The names in STARTS and the tasks of the policies that SETTINGS begin with."""
+    """The policies that SETTINGS begin with: what they are called there, and their tasks."""
     found = [(begin, task) for begin, _, tasks in SETTINGS.values() for task in tasks]
     return sorted(set(found), key=found.index)
 
@@ -184,8 +212,8 @@ def settings() -> None:
     for name, (begin, stage_3, tasks) in SETTINGS.items():
         for task in tasks:
             words = *DEVELOPMENT, "--task", task
-            start = start_of(f"{begin}_{task}", *words, *STARTS[begin].split())
             names.append(f"{name}_{task}")
+            start = begin_of(begin, task)
             learn(names[-1], start, *words, *stage_3.split())
     table(names)
 
@@ -197,8 +225,8 @@ def noise(groups: int = 20) -> None:
     for begin, task in starts_of_settings():
         for scale in SCALES:
             words = [*DEVELOPMENT, "--task", task, "--scale_multiplier", scale, "--groups", groups,
-                     "--max_rejected", 0, "--checkpoint", RUNS / f"ml45/{begin}_{task}_sft"]
-            stats = collected(ript.parse_config([str(word) for word in words]))
+                     "--max_rejected", 0, "--checkpoint", begin_of(begin, task)]
+            *_, stats = collect_once(ript.parse_config([str(word) for word in words]))
             shown = "rollout_success", "kept", "all_success", "all_fail"
             rows.append(dict(start=begin, task=task, scale=scale) | {name: stats[name] for name in shown})
             print_row(*rows[-1].values())
@@ -217,7 +245,7 @@ def scenes(number: int = 50) -> None:
         if task not in shown:
             contexts = [ript.Context(task, text, 1_000 + seed) for seed in range(number)]
             shown[task] = [simulator.demonstrate(context) for context in contexts]
-        policy = Tiny.from_pretrained(RUNS / f"ml45/{begin}_{task}_sft")
+        policy = Tiny.from_pretrained(begin_of(begin, task))
         errors, firsts, experts = [], [], []
         for episode in shown[task]:
             begins = range(0, len(episode.actions) - policy.chunk + 1, policy.chunk)
@@ -240,7 +268,7 @@ def starts(tasks: list[int]) -> None:
     path = KEPT / "starts.csv"
     rows = {int(row["task"]): row for row in read_csv(path)} if path.exists() else {}
     for task in tasks:
-        start = start_of(f"task{task}_0", "--suite", "metaworld", "--seed", 0, "--task", task)
+        start = begin_of("own", task)
         out = RUNS / f"ml45/task{task}_0_eval"
         outcomes = evaluated(out, *DEVELOPMENT, "--task", task, "--checkpoint", start)
         share = report.interval(sum(outcomes.values()), len(outcomes))

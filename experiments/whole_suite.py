@@ -30,7 +30,7 @@ import numpy as np
 
 import ript
 from experiments.adapters import ONE_STEP
-from experiments.common import (RESULTS, ROOT, RUNS, OtherScenes, collected, curve_of, evaluated,
+from experiments.common import (RESULTS, ROOT, RUNS, OtherScenes, collect_once, curve_of, evaluated,
                                 keep_results, print_header, print_row, read_csv, run_once, write_csv)
 from scripts import report
 from simulators.libero_experts import LiberoObject, LiberoSpatial
@@ -260,7 +260,7 @@ def starts(suite: str, seeds: tuple[int, ...]) -> None:
         rows.append([name, "mean", share(total(found)), *(sum(won) for won in found.values())])
         print_row(*rows[-1])
         words = *words, "--groups", 3 * len(TASKS), "--max_rejected", 0
-        stats = collected(ript.parse_config([str(word) for word in words]))
+        *_, stats = collect_once(ript.parse_config([str(word) for word in words]))
         rows.append([name, "noise", f"{stats['rollout_success']:.0%}",
                      *(f"{stats[f'success_{task}']:.0%}, {stats[f'kept_{task}']}" for task in TASKS)])
         print_row(*rows[-1])

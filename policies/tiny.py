@@ -78,6 +78,9 @@ class Tiny(OpenVLAOFT):
         policy = cls.from_pretrained(cfg.checkpoint)
         check_trained_with(policy.trained_with, cls.settings_of(cfg), cfg.checkpoint)
         policy.trained_with = cls.settings_of(cfg)
+        # Of what learns, the suite may know better.
+        everything = getattr(ript.load_suite(cfg.suite), "TRAIN_ALL", False)
+        policy.train_only(cls.sft_modules if everything else cls.trained)
         policy.scale_multiplier = cfg.scale_multiplier
         # The bounds are scaled too, so that the multiplier acts fully.
         low, high = np.array(policy.scale_range) * cfg.scale_multiplier

@@ -158,10 +158,8 @@ def test_policies_after_stage_2_are_looked_at_with_other_noise_and_in_other_scen
     torch.manual_seed(0)
     policy = Tiny(Tiny.STATISTICS | ML45.STATISTICS)
     policy.trained_with = Tiny.settings_of(config(*map(str, ml45.DEVELOPMENT)))
-    for begin in settings:
-        out = tmp_path / f"ml45/{begin}_{task}_sft"
-        out.mkdir(parents=True)
-        policy.save(out)
+    policy.save(tmp_path)
+    monkeypatch.setattr(ml45, "begin_of", lambda begin, task: tmp_path)
     ml45.noise(groups=1)
     ml45.scenes(number=3)
     for name in ("noise.csv", "scenes.csv"):
@@ -178,10 +176,26 @@ def test_policies_after_stage_2_are_looked_at_with_other_noise_and_in_other_scen
 def test_every_setting_that_is_compared_is_one_of_ript():
     for name, (begin, stage_3, tasks) in ml45.SETTINGS.items():
         words = *map(str, ml45.DEVELOPMENT), "--task", "14"
-        stage_2 = ml45.STARTS[begin].split()
+        stage_2 = ml45.STARTS.get(begin, "").split()
         stage = ript.parse_config([*words, *stage_2], sft.ImitationConfig, "IMITATION")
         assert stage.demos_per_task == (3 if name.startswith("three") else 10) and tasks
         cfg = config(*words, *stage_3.split())
-        assert cfg.eval_contexts == 40 and (cfg.model == "tiny") == (name != "three_all")
+        assert (cfg.eval_contexts, cfg.image_size) == (40, 64)
+        assert cfg.groups == 8 if "small" in name else cfg.groups in (16, 48)
+        assert ("all" in name) == (cfg.model == "tiny")
         assert ript.horizon_of(ript.load_suite(cfg.suite), 14) == 224
     assert ript.horizon_of(ript.load_suite(f"{ml45.__file__}:Longer"), 14) == 496
+
+
+def test_all_of_the_policy_but_its_scale_head_learns_there_and_arms_choose_otherwise(tmp_path):
+    Tiny(Tiny.STATISTICS | ML45.STATISTICS).save(tmp_path)
+
+    def learns(model):
+        cfg = config("--suite", "metaworld", "--checkpoint", tmp_path, "--model", model)
+        policy = ript.load_policy(model).load(cfg)
+        return {name.split(".")[0] for name, p in policy.named_parameters() if p.requires_grad}
+
+    everything = {name.split(".")[0] for name, _ in Tiny().named_parameters()} - {"scale_head"}
+    assert learns("tiny") == everything
+    assert learns(f"{ml45.__file__}:HeadOnly") == {"action_head"}
+    assert learns(f"{ml45.__file__}:Upstream") == everything - {"action_head"}
