@@ -7,6 +7,8 @@
     python experiments/ml45.py scenes         what these make of scenes that they have not seen
     python experiments/ml45.py starts 2 14    these tasks after stage 2, in contexts of development
     python experiments/ml45.py tasks 2 14     stages 2 and 3 of these tasks, two seeds, held-out contexts
+    python experiments/ml45.py heads 2 14     stage 3 of the same starts, seed 0, with the action head alone
+    python experiments/ml45.py places 2 14    what pictures and features of these starts know of a scene
     python experiments/ml45.py horizon 2 14   the policies of these tasks, seed 0, with 496 control steps
     python experiments/ml45.py few_shot       one policy for five tasks, five demonstrations each, three seeds
     python experiments/ml45.py train ARGUMENTS    ript.py with these, and with noise_success in its rows
@@ -293,6 +295,60 @@ def tasks(numbers: list[int], seeds=(0, 1)) -> None:
     plot_curves(KEPT / "tasks.png", {SUCCESS: curves})
 
 
+def heads(numbers: list[int]) -> None:
+    """What the action head alone learns of tasks, seed 0, from the starts of `tasks`."""
+    names = {f"head{task}_0": task for task in numbers}
+    for name, task in names.items():
+        words = "--suite", "metaworld", "--seed", 0, "--task", task
+        learn(name, begin_of("own", task), *words, "--eval_contexts", 100, *HEAD.split())
+    table([*names])
+
+
+def read_out(inputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """How much of each of D numbers of N scenes a linear function of P others knows: (N, P), (N, D) -> (D,),
+    the share of the variance, by ridge regression in five folds with the best of its penalties."""
+    inputs = (inputs - inputs.mean(0)) / (inputs.std(0) + 1e-6)
+    folds = np.array_split(np.random.default_rng(0).permutation(len(inputs)), 5)
+    best = np.full(wanted.shape[1], -np.inf)
+    for penalty in (1, 10, 100, 1e3, 1e4):
+        found = np.zeros_like(wanted)
+        for fold in folds:
+            others = np.setdiff1d(np.arange(len(inputs)), fold)
+            known, mean = inputs[others], wanted[others].mean(0)
+            products = known @ known.T + penalty * np.eye(len(others))
+            found[fold] = mean + inputs[fold] @ known.T @ np.linalg.solve(products, wanted[others] - mean)
+        best = np.maximum(best, 1 - ((found - wanted) ** 2).sum(0) / ((wanted - wanted.mean(0)) ** 2).sum(0))
+    return best
+
+
+def places(numbers: list[int], scenes: int = 400) -> None:
+    """What a linear function of an episode's first pictures, and of the features that the action heads of
+    the starts get, knows of where things are: the least and the mean of the coordinates that differ between
+    scenes by more than 5 mm (std). Writes docs/results/metaworld/places.csv."""
+    simulator = Development(64, True)
+    rows = []
+    for task in numbers:
+        text = Development.INSTRUCTIONS[task]
+        policy = Tiny.from_pretrained(begin_of("own", task))
+        pictures, features, wanted = [], [], []
+        for seed in range(scenes):
+            answer = simulator.reset(ript.Context(task, text, 2_000 + seed))
+            seen = policy.preprocess(answer.observation)
+            pictures.append(np.concatenate([np.ravel(picture) for picture in seen["pictures"]]))
+            with torch.no_grad():
+                features.append(policy.features([seen], [text]).numpy().ravel())
+            wanted.append(simulator.env._last_rand_vec)
+        wanted = np.array(wanted)
+        wanted = wanted[:, wanted.std(0) > 0.005]
+        row = dict(task=task, name=text, coordinates=wanted.shape[1])
+        for name, inputs in dict(pictures=pictures, features=features).items():
+            known = read_out(np.array(inputs, float), wanted)
+            row |= {f"{name}_least": f"{known.min():.2f}", f"{name}_mean": f"{known.mean():.2f}"}
+        rows.append(row)
+        print_row(*row.values())
+        write_csv(KEPT / "places.csv", rows)
+
+
 def horizon(numbers: list[int]) -> None:
     """The policies of tasks, seed 0, before and after stage 3: what a longer horizon would change. Writes
     docs/results/metaworld/horizon.csv."""
@@ -331,8 +387,8 @@ def few_shot(seeds=(0, 1, 2)) -> None:
 
 
 COMMANDS = dict(experts=experts, speed=speed, settings=settings, noise=noise, scenes=scenes, starts=starts,
-                tasks=tasks, horizon=horizon, few_shot=few_shot)
-OF_TASKS = "starts", "tasks", "horizon"
+                tasks=tasks, heads=heads, places=places, horizon=horizon, few_shot=few_shot)
+OF_TASKS = "starts", "tasks", "heads", "places", "horizon"
 
 
 def main(argv=None):

@@ -129,7 +129,7 @@ def test_contexts_of_development_are_other_scenes_and_experts_need_no_pictures()
     demonstration = ml45.Unseen().demonstrate(Context(task, "", 3))
     assert demonstration.success and demonstration.observations[0] == {}
     for words, said in {"nothing": "invalid choice: 'nothing'", "speed 3": "the others have none",
-                        "tasks": "starts, tasks, horizon need numbers of tasks"}.items():
+                        "tasks": "starts, tasks, heads, places, horizon need numbers of tasks"}.items():
         with pytest.raises(ript.UserError, match=said):
             ml45.main(words.split())
 
@@ -162,6 +162,10 @@ def test_policies_after_stage_2_are_looked_at_with_other_noise_and_in_other_scen
     monkeypatch.setattr(ml45, "begin_of", lambda begin, task: tmp_path)
     ml45.noise(groups=1)
     ml45.scenes(number=3)
+    ml45.places([task], scenes=12)
+    row, = common.read_csv(tmp_path / "places.csv")
+    assert row["name"] == "reach" and row["coordinates"] == "5"
+    assert float(row["pictures_least"]) <= float(row["pictures_mean"]) <= 1
     for name in ("noise.csv", "scenes.csv"):
         first, second = common.read_csv(tmp_path / name)
         assert first.pop("start") == "three" and second.pop("start") == "ten"
@@ -171,6 +175,14 @@ def test_policies_after_stage_2_are_looked_at_with_other_noise_and_in_other_scen
     # A policy that has learned nothing does the same everywhere, the expert does not.
     assert float(first["policy_differs"]) < 0.02 < 0.1 < float(first["expert_differs"])
     assert float(first["error"]) > 0.2
+
+
+def test_a_linear_read_out_knows_what_is_in_its_inputs_and_nothing_else():
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((200, 30))
+    wanted = np.stack([inputs @ rng.standard_normal(30), rng.standard_normal(200)], 1)
+    known, unknown = ml45.read_out(inputs, wanted)
+    assert known > 0.99 and unknown < 0.1
 
 
 def test_every_setting_that_is_compared_is_one_of_ript():
