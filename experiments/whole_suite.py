@@ -32,6 +32,7 @@ import ript
 from experiments.adapters import ONE_STEP
 from experiments.common import (RESULTS, ROOT, RUNS, OtherScenes, collect_once, curve_of, evaluated,
                                 keep_results, print_header, print_row, read_csv, run_once, write_csv)
+from policies.tiny import Tiny
 from scripts import report
 from simulators.libero_experts import LiberoObject, LiberoSpatial
 
@@ -41,11 +42,12 @@ HERE = f"{ROOT}/experiments/whole_suite.py"
 # What is compared in contexts of development: settings of stage 2, and settings of stage 3 beside STAGE_3.
 STARTS = dict(four="--demos_per_task 4 --sft_steps 2000", four_long="--demos_per_task 4 --sft_steps 4000",
               ten="--demos_per_task 10 --sft_steps 4000")
-# Of these each has 960 to 1,920 rollouts, with a learning rate that does not fall.
-SMALL = "--iterations 6 --anneal false"
-LARGE = "--iterations 3 --anneal false --groups 40 --max_rejected 40"
-SETTINGS = dict(small=SMALL, large=f"{LARGE} --minibatch 320", fast=f"{SMALL} --lr 2e-4",
-                steps=f"{LARGE} --minibatch 80 --clip_coef 0.9")
+# Each of these has 960 to 1,920 rollouts and a learning rate that does not fall.
+SHORT = "--iterations 6 --anneal false"
+ALL = f"--model {HERE}:Everything"
+SETTINGS = dict(head=SHORT, fast=f"{SHORT} --lr 2e-4", all=f"{SHORT} {ALL}",
+                steps=f"{SHORT} {ALL} --minibatch 40 --clip_coef 0.9",
+                large=f"{SHORT} --iterations 3 --groups 40 --max_rejected 40 --minibatch 320")
 # Of stage 2, and of stage 3 beside the suite's preset: a first guess, which nothing has been compared with.
 CHOSEN = "four"
 STAGE_2 = STARTS[CHOSEN]
@@ -56,6 +58,14 @@ ARMS = dict(even=("tasks in turn", ""), signal=("tasks drawn by their signal", "
                       f"--model {ROOT}/experiments/adapters.py:Adapted {ONE_STEP} 5e-5"))
 SEEDS = 0, 1
 DEVELOPMENT_SEED = 2
+
+
+class Everything(Tiny):
+    """The laptop's policy, of which all but the scale head learns in stage 3."""
+    trained = Tiny.sft_modules
+    PRESET = dict(libero_object=LiberoObject.PRESET["tiny"], libero_spatial=LiberoSpatial.PRESET["tiny"])
+    PRESET |= {f"{HERE}:ObjectDevelopment": PRESET["libero_object"],
+               f"{HERE}:SpatialDevelopment": PRESET["libero_spatial"]}
 
 
 class ObjectDevelopment(OtherScenes, LiberoObject):

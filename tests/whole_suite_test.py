@@ -108,7 +108,11 @@ def test_every_arm_is_one_of_ript_and_development_has_other_scenes(monkeypatch):
     for _, settings in whole_suite.ARMS.values():
         cfg = config("--suite", "libero_object", *whole_suite.STAGE_3.split(), *settings.split())
         assert (cfg.groups, cfg.scale_multiplier, cfg.eval_contexts, cfg.image_size) == (20, 0.5, 50, 64)
-    cfg = config("--suite", f"{whole_suite.__file__}:ObjectDevelopment", "--eval_contexts", 10)
+    development = "--suite", f"{whole_suite.__file__}:ObjectDevelopment", "--eval_contexts", 10
+    for settings in whole_suite.SETTINGS.values():
+        cfg = config(*development, *whole_suite.STAGE_3.split(), *settings.split())
+        assert (cfg.scale_multiplier, cfg.image_size, cfg.anneal) == (0.5, 64, False)
+    cfg = config(*development)
     contexts = ript.evaluation_contexts(cfg)
     assert len(contexts) == 100 and all(context.state is None for context in contexts)
     seen = []
