@@ -2,7 +2,7 @@
 
     python experiments/ml45.py experts        all 50 tasks, ten seeds each: docs/results/metaworld/experts.csv
     python experiments/ml45.py speed          control steps, resets and pictures per second, beside LIBERO's
-    python experiments/ml45.py settings       settings of both stages on two tasks, in contexts of development
+    python experiments/ml45.py settings       settings of both stages on four tasks, in contexts of development
     python experiments/ml45.py noise          their policies after stage 2, with more and with less noise
     python experiments/ml45.py scenes         what these make of scenes that they have not seen
     python experiments/ml45.py starts 2 14    these tasks after stage 2, in contexts of development
@@ -66,6 +66,8 @@ SETTINGS = dict(
     own_upstream=("own", f"{LARGE} --model {HERE}:Upstream", (LEVER,)),
     own_all=("own", LARGE, (LEVER, DIAL)),
     own_small=("own", "", (LEVER, DIAL)))
+# Tasks that are learned one by one: those of SETTINGS, and then those of `tasks`.
+SHOWN = HAMMER, SLIDE, LEVER, DIAL, 39, 37, 32, 21, 41, 36, 38, 16, 42, 8
 SCALES = 1, 0.3, 0.1, 0.03  # of the noise, beside the suite's own
 
 
@@ -89,6 +91,12 @@ class Upstream(HeadOnly):
 
 class Development(OtherScenes, metaworld.ML45):
     """The tasks to train on, in other scenes."""
+
+
+class Pretraining(OtherScenes, metaworld.ML45):
+    """Stage 1: the tasks to train on that are in none of the tables below."""
+    NAMES = tuple(name for task, name in enumerate(metaworld.ML45.NAMES)
+                  if task not in SHOWN and name not in metaworld.FewShot.NAMES)
 
 
 class Longer(metaworld.ML45):
