@@ -2,7 +2,7 @@
 
     python experiments/ml45.py experts        all 50 tasks, ten seeds each: docs/results/metaworld/experts.csv
     python experiments/ml45.py speed          control steps, resets and pictures per second, beside LIBERO's
-    python experiments/ml45.py settings       settings of both stages on four tasks, in contexts of development
+    python experiments/ml45.py settings       settings of both stages, four tasks, contexts of development
     python experiments/ml45.py noise          their policies after stage 2, with more and with less noise
     python experiments/ml45.py scenes         what these make of scenes that they have not seen
     python experiments/ml45.py starts 2 14    these tasks after stage 2, in contexts of development

@@ -12,13 +12,13 @@ and `settings` are there to choose in fresh scenes, so that the stored states st
 their own. `--seeds 0` is for one seed. Results go to docs/results/whole_suite. None of this has run to its
 end yet.
 """
-import os
-# What is learned depends on the number of threads.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import os
+# What is learned depends on the number of threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
 import time
