@@ -32,8 +32,10 @@ def run_once(out: Path, script: str, *arguments, quiet: bool = False) -> Path:
     and its peak memory in GB. Raises UserError where out was made with other words."""
     words = [str(word).replace(f"{ROOT}/", "") for word in (script, *arguments)]
     if (out / "done").exists():
-        same = json.loads((out / "done").read_text())["words"] == words
-        ript.require(same, f"{out} was made with other settings: delete it to make it again, or move it away")
+        made = json.loads((out / "done").read_text())
+        same = isinstance(made, dict) and made["words"] == words  # earlier versions have left a number
+        ript.require(same, f"{out} was made with other settings or by an earlier version: delete it to make "
+                     "it again, or move it away")
         return out
     place = "--out"
     ript.require(not report.is_running(out), f"another run is using {out}: wait for its end")

@@ -66,8 +66,6 @@ SETTINGS = dict(
     own_upstream=("own", f"{LARGE} --model {HERE}:Upstream", (LEVER,)),
     own_all=("own", LARGE, (LEVER, DIAL)),
     own_small=("own", "", (LEVER, DIAL)))
-# Tasks that are learned one by one: those of SETTINGS, and then those of `tasks`.
-SHOWN = HAMMER, SLIDE, LEVER, DIAL, 39, 37, 32, 21, 41, 36, 38, 16, 42, 8
 SCALES = 1, 0.3, 0.1, 0.03  # of the noise, beside the suite's own
 
 
@@ -91,12 +89,6 @@ class Upstream(HeadOnly):
 
 class Development(OtherScenes, metaworld.ML45):
     """The tasks to train on, in other scenes."""
-
-
-class Pretraining(OtherScenes, metaworld.ML45):
-    """Stage 1: the tasks to train on that are in none of the tables below."""
-    NAMES = tuple(name for task, name in enumerate(metaworld.ML45.NAMES)
-                  if task not in SHOWN and name not in metaworld.FewShot.NAMES)
 
 
 class Longer(metaworld.ML45):
@@ -212,8 +204,7 @@ def begin_of(begin: str, task: int) -> Path:
 
 def starts_of_settings() -> list[tuple[str, int]]:
     """The policies that SETTINGS begin with: what they are called there, and their tasks."""
-    found = [(begin, task) for begin, _, tasks in SETTINGS.values() for task in tasks]
-    return sorted(set(found), key=found.index)
+    return [*dict.fromkeys((begin, task) for begin, _, tasks in SETTINGS.values() for task in tasks)]
 
 
 def settings() -> None:

@@ -78,7 +78,7 @@ class Tiny(OpenVLAOFT):
         policy = cls.from_pretrained(cfg.checkpoint)
         check_trained_with(policy.trained_with, cls.settings_of(cfg), cfg.checkpoint)
         policy.trained_with = cls.settings_of(cfg)
-        # Of what learns, the suite may know better.
+        # A suite may say that all of it learns.
         everything = getattr(ript.load_suite(cfg.suite), "TRAIN_ALL", False)
         policy.train_only(cls.sft_modules if everything else cls.trained)
         policy.scale_multiplier = cfg.scale_multiplier

@@ -42,10 +42,13 @@ def test_a_script_runs_once_and_goes_on_where_it_was_interrupted(tmp_path):
     assert not (out / "done").exists()
     assert common.run_once(out, script, 0, "b") == out
     common.run_once(out, script, 0, "b")
-    with pytest.raises(ript.UserError, match="out was made with other settings: delete it"):
+    with pytest.raises(ript.UserError, match="out was made with other settings or .*: delete it"):
         common.run_once(out, script, 0, "c")
     assert (out / "log").read_text() == "--out 1 a\n--resume 0 b\n"
     assert 0 < common.memory_gb(out) < 10
+    (out / "done").write_text("0.620\n")
+    with pytest.raises(ript.UserError, match="out was made with .* an earlier version: delete it"):
+        common.run_once(out, script, 0, "b")
 
 
 def test_an_interrupted_evaluation_goes_on_and_an_interrupted_stage_2_begins_again(tmp_path, monkeypatch):
