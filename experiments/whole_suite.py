@@ -328,7 +328,7 @@ def table(names: list[str]) -> None:
     print_header("", "task", "SFT", "RIPT", "gained, lost, p", "groups", "with signal")
     for name in names:
         before, after = (outcomes_of(name, stage) for stage in ("SFT", "RIPT"))
-        rows = [row for row in read_csv(KEPT / f"metrics_{name}.csv") if "rollouts" in row]
+        rows = read_csv(KEPT / f"metrics_{name}.csv")
         for task in (*TASKS, "all"):
             pair = [total(won) if task == "all" else won[task] for won in (before, after)]
             gained, lost, p = report.mcnemar(*pair)
@@ -338,7 +338,7 @@ def table(names: list[str]) -> None:
             print_row(name, task, *map(share, pair), f"{gained}, {lost}, {p:.1g}", groups,
                       f"{kept / groups:.0%}" if groups else "")  # a drawn task may have none
         sums = {kind: sum(float(row.get(kind, 0)) for row in rows)
-                for kind in ("rollouts", "seconds_rollouts", "seconds_update")}
+                for kind in ("rollouts", "seconds_rollouts", "seconds_update", "seconds_evaluation")}
         print(", ".join(f"{kind} {number:.0f}" for kind, number in sums.items()))
 
 

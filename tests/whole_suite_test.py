@@ -129,8 +129,8 @@ def test_the_table_has_every_task_and_the_figure_a_panel_for_each(monkeypatch, t
     contexts = [dict(task=number // 4, SFT=int(number % 4 < 2), RIPT=int(number % 4 < 3))
                 for number in range(40)]
     common.write_csv(tmp_path / "evaluation_a.csv", contexts)
-    start = dict(iteration=0)
-    end = dict(iteration=1, rollouts=320, seconds_rollouts=9)
+    start = dict(iteration=0, seconds_evaluation=4)
+    end = dict(iteration=1, rollouts=320, seconds_rollouts=9, seconds_evaluation=3)
     for task in range(10):
         start[f"eval_{task}"] = 0.5
         end[f"eval_{task}"] = 0.75
@@ -143,6 +143,6 @@ def test_the_table_has_every_task_and_the_figure_a_panel_for_each(monkeypatch, t
     assert last.startswith("| a | 9 | 2/4") and "| 3/4" in last
     assert last.endswith("| 1, 0, 1 | 4 | 25% |")
     assert "| all | 20/40" in of_all and "| 10, 0, 0.002 | 36 | 25% |" in of_all
-    assert seconds == "rollouts 320, seconds_rollouts 9, seconds_update 0"
+    assert seconds == "rollouts 320, seconds_rollouts 9, seconds_update 0, seconds_evaluation 7"
     whole_suite.figure(tmp_path / "tasks.png", "libero_object", dict(a="seed 0"))
     assert (tmp_path / "tasks.png").stat().st_size > 20_000
