@@ -39,8 +39,10 @@ KEPT = RESULTS / "metaworld"
 HERE = f"{ROOT}/experiments/ml45.py"
 DEVELOPMENT = "--suite", f"{HERE}:Development", "--eval_contexts", 40
 # What is compared in contexts of development. Settings of stage 2, beside the suite's own, which has ten
-# demonstrations and 1200 steps; the first was its own until then.
-STARTS = dict(three="--demos_per_task 3 --sft_steps 600", three_long="--demos_per_task 3", ten="")
+# demonstrations and 1200 steps; the first was its own until then. The last has had a stage 1, on STAGE_1.
+STARTS = dict(three="--demos_per_task 3 --sft_steps 600", three_long="--demos_per_task 3", ten="",
+              pretrained="--sft_steps 400 --sft_lr 3e-4")
+STAGE_1 = "--demos_per_task 8 --sft_steps 4000"
 # Which of these, or the policy that `tasks` begins with; settings of stage 3 beside the suite's own; and the
 # tasks in which this was tried.
 LARGE = "--groups 16 --max_rejected 40 --iterations 4 --eval_every 2"
@@ -48,6 +50,7 @@ HEAD = f"{LARGE} --model {HERE}:HeadOnly --lr 3e-4"
 ONE_STEP = f"{HEAD} --minibatch 128 --clip_coef 0.1"
 GENTLE = f"{HEAD} --lr 1e-4 --adam_beta1 0.9 --iterations 8"
 HAMMER, SLIDE, LEVER, DIAL = 17, 27, 22, 9  # the tasks hammer, plate-slide, lever-pull and dial-turn
+ALONE = HAMMER, SLIDE, LEVER, DIAL, 39, 37, 32, 21, 41, 36, 38, 16, 42, 8  # these, and what might follow them
 SETTINGS = dict(
     three_half=("three", f"{ONE_STEP} --scale_multiplier 0.5", (HAMMER,)),
     three_full=("three", ONE_STEP, (HAMMER, SLIDE)),
@@ -65,7 +68,9 @@ SETTINGS = dict(
     own=("own", HEAD, (LEVER, DIAL)),
     own_upstream=("own", f"{LARGE} --model {HERE}:Upstream", (LEVER,)),
     own_all=("own", LARGE, (LEVER, DIAL)),
-    own_small=("own", "", (LEVER, DIAL)))
+    own_small=("own", "", (LEVER, DIAL)),
+    pretrained_small=("pretrained", "", (SLIDE,)))
+FIVE_TASKS = "--groups 16 --max_rejected 24 --minibatch 64 --eval_every 8"  # for one policy
 SCALES = 1, 0.3, 0.1, 0.03  # of the noise, beside the suite's own
 
 
@@ -89,6 +94,12 @@ class Upstream(HeadOnly):
 
 class Development(OtherScenes, metaworld.ML45):
     """The tasks to train on, in other scenes."""
+
+
+class Stage1(OtherScenes, metaworld.ML45):
+    """The tasks to train on that are learned one by one in none of the tables, and are none of FewShot's."""
+    NAMES = tuple(name for task, name in enumerate(metaworld.ML45.NAMES)
+                  if task not in ALONE and name not in metaworld.FewShot.NAMES)
 
 
 class Longer(metaworld.ML45):
@@ -195,11 +206,19 @@ def table(names: list[str]) -> None:
         print_row(name, *cells_of(name))
 
 
+def stage_1() -> Path:
+    """A policy after a stage 1 on other tasks."""
+    return start_of("stage_1", "--suite", f"{HERE}:Stage1", *STAGE_1.split())
+
+
 def begin_of(begin: str, task: int) -> Path:
     """The policy that an arm of SETTINGS begins with."""
     if begin == "own":
         return start_of(f"task{task}_0", "--suite", "metaworld", "--seed", 0, "--task", task)
-    return start_of(f"{begin}_{task}", *DEVELOPMENT, "--task", task, *STARTS[begin].split())
+    words = [*DEVELOPMENT, "--task", task, *STARTS[begin].split()]
+    if begin == "pretrained":
+        words += ["--checkpoint", stage_1()]
+    return start_of(f"{begin}_{task}", *words)
 
 
 def starts_of_settings() -> list[tuple[str, int]]:
@@ -321,28 +340,31 @@ def read_out(inputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def places(numbers: list[int], scenes: int = 400) -> None:
-    """What a linear function of an episode's first pictures, and of the features that the action heads of
-    the starts get, knows of where things are: the least and the mean of the coordinates that differ between
-    scenes by more than 5 mm (std). Writes docs/results/metaworld/places.csv."""
+    """What a linear function of an episode's first pictures knows of where things are, and one of the features
+    that an action head gets, in the task's start and in the policy after stage 1 on other tasks: the least
+    and the mean of the coordinates that differ between scenes by more than 5 mm (std). Writes
+    docs/results/metaworld/places.csv."""
     simulator = Development(64, True)
     rows = []
     for task in numbers:
         text = Development.INSTRUCTIONS[task]
-        policy = Tiny.from_pretrained(begin_of("own", task))
-        pictures, features, wanted = [], [], []
+        policies = dict(features=begin_of("own", task), stage_1=stage_1())
+        policies = {name: Tiny.from_pretrained(path) for name, path in policies.items()}
+        wanted, known = [], dict(pictures=[], features=[], stage_1=[])
         for seed in range(scenes):
             answer = simulator.reset(ript.Context(task, text, 2_000 + seed))
-            seen = policy.preprocess(answer.observation)
-            pictures.append(np.concatenate([np.ravel(picture) for picture in seen["pictures"]]))
-            with torch.no_grad():
-                features.append(policy.features([seen], [text]).numpy().ravel())
             wanted.append(simulator.env._last_rand_vec)
+            for name, policy in policies.items():
+                seen = policy.preprocess(answer.observation)
+                with torch.no_grad():
+                    known[name].append(policy.features([seen], [text]).numpy().ravel())
+            known["pictures"].append(np.concatenate([np.ravel(picture) for picture in seen["pictures"]]))
         wanted = np.array(wanted)
         wanted = wanted[:, wanted.std(0) > 0.005]
         row = dict(task=task, name=text, coordinates=wanted.shape[1])
-        for name, inputs in dict(pictures=pictures, features=features).items():
-            known = read_out(np.array(inputs, float), wanted)
-            row |= {f"{name}_least": f"{known.min():.2f}", f"{name}_mean": f"{known.mean():.2f}"}
+        for name, inputs in known.items():
+            shares = read_out(np.array(inputs, float), wanted)
+            row |= {f"{name}_least": f"{shares.min():.2f}", f"{name}_mean": f"{shares.mean():.2f}"}
         rows.append(row)
         print_row(*row.values())
         write_csv(KEPT / "places.csv", rows)
@@ -372,7 +394,7 @@ def few_shot(seeds=(0, 1, 2)) -> None:
     for name, seed in zip(names, seeds):
         words = "--suite", "metaworld_few_shot", "--seed", seed
         start = start_of(name, *words, "--demos_per_task", 5, "--sft_steps", 2000)
-        learn(name, start, *words)
+        learn(name, start, *words, *FIVE_TASKS.split())
     table(names)
     print_header("seed", *metaworld.FewShot.INSTRUCTIONS)
     for name, seed in zip(names, seeds):

@@ -160,12 +160,14 @@ def test_policies_after_stage_2_are_looked_at_with_other_noise_and_in_other_scen
     policy.trained_with = Tiny.settings_of(config(*map(str, ml45.DEVELOPMENT)))
     policy.save(tmp_path)
     monkeypatch.setattr(ml45, "begin_of", lambda begin, task: tmp_path)
+    monkeypatch.setattr(ml45, "stage_1", lambda: tmp_path)
     ml45.noise(groups=1)
     ml45.scenes(number=3)
     ml45.places([task], scenes=12)
     row, = common.read_csv(tmp_path / "places.csv")
     assert row["name"] == "reach" and row["coordinates"] == "5"
     assert float(row["pictures_least"]) <= float(row["pictures_mean"]) <= 1
+    assert row["features_mean"] == row["stage_1_mean"]  # of the same policy
     for name in ("noise.csv", "scenes.csv"):
         first, second = common.read_csv(tmp_path / name)
         assert first.pop("start") == "three" and second.pop("start") == "ten"
@@ -197,6 +199,8 @@ def test_every_setting_that_is_compared_is_one_of_ript():
         assert ("all" in name) == (cfg.model == "tiny")
         assert ript.horizon_of(ript.load_suite(cfg.suite), 14) == 224
     assert ript.horizon_of(ript.load_suite(f"{ml45.__file__}:Longer"), 14) == 496
+    shown = {task for _, _, tasks in ml45.SETTINGS.values() for task in tasks}
+    assert not {ML45.NAMES[task] for task in shown} & set(ml45.Stage1.NAMES) and len(ml45.Stage1.NAMES) == 28
 
 
 def test_all_of_the_policy_but_its_scale_head_learns_there_and_arms_choose_otherwise(tmp_path):
