@@ -3,8 +3,7 @@
     python experiments/ml45.py experts        all 50 tasks, ten seeds each: docs/results/metaworld/experts.csv
     python experiments/ml45.py speed          control steps, resets and pictures per second, beside LIBERO's
     python experiments/ml45.py settings       settings of both stages, four tasks, contexts of development
-    python experiments/ml45.py noise          their policies after stage 2, with more and with less noise
-    python experiments/ml45.py scenes         what these make of scenes that they have not seen
+    python experiments/ml45.py scenes         what their policies after stage 2 make of scenes not seen before
     python experiments/ml45.py starts 2 14    these tasks after stage 2, in contexts of development
     python experiments/ml45.py tasks 2 14     stages 2 and 3 of these tasks, two seeds, held-out contexts
     python experiments/ml45.py heads 2 14     stage 3 of the same starts, seed 0, with the action head alone
@@ -28,9 +27,9 @@ import numpy as np
 import torch
 
 import ript
-from experiments.common import (RESULTS, ROOT, RUNS, SUCCESS, OtherScenes, add_noise_success, collect_once,
-                                curve_of, evaluated, keep_results, kept_outcomes, plot_curves, print_header,
-                                print_row, read_csv, run_once, write_csv)
+from experiments.common import (RESULTS, ROOT, RUNS, SUCCESS, OtherScenes, add_noise_success, curve_of,
+                                evaluated, keep_results, kept_outcomes, plot_curves, print_header, print_row,
+                                read_csv, run_once, write_csv)
 from policies.tiny import Tiny
 from scripts import report
 from simulators import metaworld
@@ -71,7 +70,6 @@ SETTINGS = dict(
     own_small=("own", "", (LEVER, DIAL)),
     pretrained_small=("pretrained", "", (SLIDE,)))
 FIVE_TASKS = "--groups 16 --max_rejected 24 --minibatch 64 --eval_every 8"  # for one policy
-SCALES = 1, 0.3, 0.1, 0.03  # of the noise, beside the suite's own
 
 
 class HeadOnly(Tiny):
@@ -238,21 +236,6 @@ def settings() -> None:
     table(names)
 
 
-def noise(groups: int = 20) -> None:
-    """The policies after stage 2 of `settings`: groups of eight with more and with less noise, in
-    contexts of Development. Writes docs/results/metaworld/noise.csv."""
-    rows = []
-    for begin, task in starts_of_settings():
-        for scale in SCALES:
-            words = [*DEVELOPMENT, "--task", task, "--scale_multiplier", scale, "--groups", groups,
-                     "--max_rejected", 0, "--checkpoint", begin_of(begin, task)]
-            *_, stats = collect_once(ript.parse_config([str(word) for word in words]))
-            shown = "rollout_success", "kept", "all_success", "all_fail"
-            rows.append(dict(start=begin, task=task, scale=scale) | {name: stats[name] for name in shown})
-            print_row(*rows[-1].values())
-    write_csv(KEPT / "noise.csv", rows)
-
-
 def scenes(number: int = 50) -> None:
     """What the policies after stage 2 of `settings` make of scenes that they have not seen: how far their
     actions are from the expert's, and how much the first eight differ from scene to scene, beside the
@@ -340,9 +323,9 @@ def read_out(inputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def places(numbers: list[int], scenes: int = 400) -> None:
-    """What a linear function of an episode's first pictures knows of where things are, and one of the features
-    that an action head gets, in the task's start and in the policy after stage 1 on other tasks: the least
-    and the mean of the coordinates that differ between scenes by more than 5 mm (std). Writes
+    """What a linear function of an episode's first pictures knows of where things are, and one of the
+    features that an action head gets, in the task's start and in the policy after stage 1 on other tasks:
+    the least and the mean of the coordinates that differ between scenes by more than 5 mm (std). Writes
     docs/results/metaworld/places.csv."""
     simulator = Development(64, True)
     rows = []
@@ -407,7 +390,7 @@ def few_shot(seeds=(0, 1, 2)) -> None:
         print_row(seed, *cells)
 
 
-COMMANDS = dict(experts=experts, speed=speed, settings=settings, noise=noise, scenes=scenes, starts=starts,
+COMMANDS = dict(experts=experts, speed=speed, settings=settings, scenes=scenes, starts=starts,
                 tasks=tasks, heads=heads, places=places, horizon=horizon, few_shot=few_shot)
 OF_TASKS = "starts", "tasks", "heads", "places", "horizon"
 

@@ -150,10 +150,10 @@ def test_the_table_says_what_decides_whether_a_run_learns(monkeypatch, tmp_path,
     assert cells[3:] == ["2, 0, 0.5", "75%", "50%", "20% 50%", "30%", "20%", "50%", "160"]
 
 
-def test_policies_after_stage_2_are_looked_at_with_other_noise_and_in_other_scenes(monkeypatch, tmp_path):
+def test_policies_after_stage_2_are_looked_at_in_other_scenes(monkeypatch, tmp_path):
     task = ML45.NAMES.index("reach")
     settings = {name: (name, "", (task,)) for name in ("three", "ten")}
-    for name, value in dict(KEPT=tmp_path, RUNS=tmp_path, SETTINGS=settings, SCALES=(0.5,)).items():
+    for name, value in dict(KEPT=tmp_path, RUNS=tmp_path, SETTINGS=settings).items():
         monkeypatch.setattr(ml45, name, value)
     torch.manual_seed(0)
     policy = Tiny(Tiny.STATISTICS | ML45.STATISTICS)
@@ -161,19 +161,15 @@ def test_policies_after_stage_2_are_looked_at_with_other_noise_and_in_other_scen
     policy.save(tmp_path)
     monkeypatch.setattr(ml45, "begin_of", lambda begin, task: tmp_path)
     monkeypatch.setattr(ml45, "stage_1", lambda: tmp_path)
-    ml45.noise(groups=1)
     ml45.scenes(number=3)
     ml45.places([task], scenes=12)
     row, = common.read_csv(tmp_path / "places.csv")
     assert row["name"] == "reach" and row["coordinates"] == "5"
     assert float(row["pictures_least"]) <= float(row["pictures_mean"]) <= 1
     assert row["features_mean"] == row["stage_1_mean"]  # of the same policy
-    for name in ("noise.csv", "scenes.csv"):
-        first, second = common.read_csv(tmp_path / name)
-        assert first.pop("start") == "three" and second.pop("start") == "ten"
-        assert first == second  # of the same policy
-        if name == "noise.csv":  # a group is of one of three kinds
-            assert sum(int(first[kind]) for kind in ("kept", "all_success", "all_fail")) == 1
+    first, second = common.read_csv(tmp_path / "scenes.csv")
+    assert first.pop("start") == "three" and second.pop("start") == "ten"
+    assert first == second  # of the same policy
     # A policy that has learned nothing does the same everywhere, the expert does not.
     assert float(first["policy_differs"]) < 0.02 < 0.1 < float(first["expert_differs"])
     assert float(first["error"]) > 0.2
