@@ -7,6 +7,7 @@
     python experiments/ml45.py starts 2 14    these tasks after stage 2, in contexts of development
     python experiments/ml45.py tasks 2 14     stages 2 and 3 of these tasks, two seeds, held-out contexts
     python experiments/ml45.py heads 2 14     stage 3 of the same starts, seed 0, with the action head alone
+    python experiments/ml45.py long 2 14      the same as `tasks` in three times as many iterations, seed 0
     python experiments/ml45.py places 2 14    what pictures and features of these starts know of a scene
     python experiments/ml45.py horizon 2 14   the policies of these tasks, seed 0, with 496 control steps
     python experiments/ml45.py few_shot       one policy for five tasks, five demonstrations each, three seeds
@@ -68,7 +69,9 @@ SETTINGS = dict(
     own_upstream=("own", f"{LARGE} --model {HERE}:Upstream", (LEVER,)),
     own_all=("own", LARGE, (LEVER, DIAL)),
     own_small=("own", "", (LEVER, DIAL)),
+    own_small_momentum=("own", "--adam_beta1 0.9 --lr 2e-4", (LEVER, DIAL)),
     pretrained_small=("pretrained", "", (SLIDE,)))
+OTHERS = dict(head=HEAD, long="--iterations 24 --eval_every 12")  # for the tasks in held-out contexts
 FIVE_TASKS = "--groups 16 --max_rejected 24 --minibatch 64 --eval_every 8"  # for one policy
 
 
@@ -296,12 +299,12 @@ def tasks(numbers: list[int], seeds=(0, 1)) -> None:
     plot_curves(KEPT / "tasks.png", {SUCCESS: curves})
 
 
-def heads(numbers: list[int]) -> None:
-    """What the action head alone learns of tasks, seed 0, from the starts of `tasks`."""
-    names = {f"head{task}_0": task for task in numbers}
-    for name, task in names.items():
+def others(numbers: list[int], name: str) -> None:
+    """Stage 3 of tasks from the starts of `tasks`, seed 0, with one of OTHERS beside the suite's settings."""
+    names = {f"{name}{task}_0": task for task in numbers}
+    for out, task in names.items():
         words = "--suite", "metaworld", "--seed", 0, "--task", task
-        learn(name, begin_of("own", task), *words, "--eval_contexts", 100, *HEAD.split())
+        learn(out, begin_of("own", task), *words, "--eval_contexts", 100, *OTHERS[name].split())
     table([*names])
 
 
@@ -390,9 +393,10 @@ def few_shot(seeds=(0, 1, 2)) -> None:
         print_row(seed, *cells)
 
 
-COMMANDS = dict(experts=experts, speed=speed, settings=settings, scenes=scenes, starts=starts,
-                tasks=tasks, heads=heads, places=places, horizon=horizon, few_shot=few_shot)
-OF_TASKS = "starts", "tasks", "heads", "places", "horizon"
+COMMANDS = dict(experts=experts, speed=speed, settings=settings, scenes=scenes, starts=starts, tasks=tasks,
+                heads=partial(others, name="head"), long=partial(others, name="long"), places=places,
+                horizon=horizon, few_shot=few_shot)
+OF_TASKS = "starts", "tasks", "heads", "long", "places", "horizon"
 
 
 def main(argv=None):

@@ -129,7 +129,7 @@ def test_contexts_of_development_are_other_scenes_and_experts_need_no_pictures()
     demonstration = ml45.Unseen().demonstrate(Context(task, "", 3))
     assert demonstration.success and demonstration.observations[0] == {}
     for words, said in {"nothing": "invalid choice: 'nothing'", "speed 3": "the others have none",
-                        "tasks": "starts, tasks, heads, places, horizon need numbers of tasks"}.items():
+                        "tasks": "starts, tasks, heads, long, places, horizon need numbers of tasks"}.items():
         with pytest.raises(ript.UserError, match=said):
             ml45.main(words.split())
 
@@ -195,6 +195,8 @@ def test_every_setting_that_is_compared_is_one_of_ript():
         assert ("all" in name) == (cfg.model == "tiny")
         assert ript.horizon_of(ript.load_suite(cfg.suite), 14) == 224
     assert ript.horizon_of(ript.load_suite(f"{ml45.__file__}:Longer"), 14) == 496
+    assert config("--suite", "metaworld", *ml45.OTHERS["long"].split()).iterations == 24
+    assert config("--suite", "metaworld_few_shot", *ml45.FIVE_TASKS.split()).groups == 16
     shown = {task for _, _, tasks in ml45.SETTINGS.values() for task in tasks}
     assert not {ML45.NAMES[task] for task in shown} & set(ml45.Stage1.NAMES) and len(ml45.Stage1.NAMES) == 28
 
