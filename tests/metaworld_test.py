@@ -129,7 +129,7 @@ def test_contexts_of_development_are_other_scenes_and_experts_need_no_pictures()
     demonstration = ml45.Unseen().demonstrate(Context(task, "", 3))
     assert demonstration.success and demonstration.observations[0] == {}
     for words, said in {"nothing": "invalid choice: 'nothing'", "speed 3": "the others have none",
-                        "tasks": "starts, tasks, heads, long, places, horizon need numbers of tasks"}.items():
+                        "tasks": "starts, tasks, heads, places, horizon need numbers of tasks"}.items():
         with pytest.raises(ript.UserError, match=said):
             ml45.main(words.split())
 
@@ -195,8 +195,22 @@ def test_every_setting_that_is_compared_is_one_of_ript():
         assert ("all" in name) == (cfg.model == "tiny")
         assert ript.horizon_of(ript.load_suite(cfg.suite), 14) == 224
     assert ript.horizon_of(ript.load_suite(f"{ml45.__file__}:Longer"), 14) == 496
-    assert config("--suite", "metaworld", *ml45.OTHERS["long"].split()).iterations == 24
     assert config("--suite", "metaworld_few_shot", *ml45.FIVE_TASKS.split()).groups == 16
+
+
+def test_stage_1_has_seen_no_task_that_is_learned_after_it(monkeypatch):
+    made = {}
+
+    def start_of(name, *words):
+        made[name] = [str(word) for word in words]
+        return made[name]
+
+    monkeypatch.setattr(ml45, "start_of", start_of)
+    begun = ml45.begin_of("pretrained", ml45.SLIDE)
+    assert begun[begun.index("--checkpoint") + 1] == str(made["stage_1"]) and "--sft_steps" in begun
+    stage = ript.parse_config(made["stage_1"], sft.ImitationConfig, "IMITATION")
+    assert stage.demos_per_task == 8 and ript.load_suite(stage.suite).NAMES == ml45.Stage1.NAMES
+    assert "--checkpoint" not in ml45.begin_of("ten", ml45.SLIDE)
     shown = {task for _, _, tasks in ml45.SETTINGS.values() for task in tasks}
     assert not {ML45.NAMES[task] for task in shown} & set(ml45.Stage1.NAMES) and len(ml45.Stage1.NAMES) == 28
 
