@@ -19,6 +19,10 @@ import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import os
+# What is learned depends on the number of threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import argparse
 import time
 from functools import partial
