@@ -158,13 +158,13 @@ def curve_of(label: str, style: str, metrics: list[dict], name: str = "eval_succ
 def plot_curves(path: Path, panels: dict[str, list[Curve]]) -> None:
     """Draw panels beside each other, each a list of curves against rollouts, by what they show."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(7 if len(panels) == 1 else 5.5 * len(panels), 4), layout="constrained")
+    figure = Figure(figsize=(7 * len(panels), 4), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for curve in curves:
             axes.plot(*zip(*curve.points), curve.style, label=curve.label or None)
         axes.set(xlabel="rollouts", ylabel=title)
         if title == SUCCESS:
             axes.set_ylim(0, 103)
-        axes.legend()
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the curves, which it would cover
     with ript.writing(path) as temporary:
         figure.savefig(temporary, dpi=110)
