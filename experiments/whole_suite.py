@@ -39,19 +39,22 @@ from simulators.libero_experts import LiberoObject, LiberoSpatial
 KEPT = RESULTS / "whole_suite"
 TASKS = range(10)
 HERE = f"{ROOT}/experiments/whole_suite.py"
-# What is compared in contexts of development: settings of stage 2, and settings of stage 3 beside STAGE_3.
-STARTS = dict(four="--demos_per_task 4 --sft_steps 2000", four_long="--demos_per_task 4 --sft_steps 4000",
-              ten="--demos_per_task 10 --sft_steps 4000")
-# Each of these has 960 to 1,920 rollouts and a learning rate that does not fall.
-SHORT = "--iterations 6 --anneal false"
+# Compared in contexts of development: settings of stage 2, and of stage 3 in place of STAGE_3's.
+STARTS = dict(one="--demos_per_task 1 --sft_steps 1000", two="--demos_per_task 2 --sft_steps 1000",
+              short="--demos_per_task 4 --sft_steps 600", four="--demos_per_task 4 --sft_steps 1000",
+              four_long="--demos_per_task 4 --sft_steps 2000")
+# Each of these has 500 to 2,000 rollouts and a learning rate that does not fall.
+SHORT = "--iterations 4 --eval_every 0 --anneal false --groups 20 --max_rejected 20 --minibatch 160"
+STEPS = "--minibatch 40 --clip_coef 0.9"
 ALL = f"--model {HERE}:Everything"
-SETTINGS = dict(head=SHORT, fast=f"{SHORT} --lr 2e-4", all=f"{SHORT} {ALL}",
-                steps=f"{SHORT} {ALL} --minibatch 40 --clip_coef 0.9",
-                large=f"{SHORT} --iterations 3 --groups 40 --max_rejected 40 --minibatch 320")
-# Of stage 2, and of stage 3 beside the suite's preset: a first guess, which nothing has been compared with.
+SETTINGS = dict(
+    head=SHORT, head_steps=f"{SHORT} {STEPS}", all=f"{SHORT} {ALL}", all_steps=f"{SHORT} {ALL} {STEPS}",
+    slow=f"{SHORT} --iterations 6 --lr 5e-5 --adam_beta1 0.9",
+    large=f"{SHORT} --iterations 3 --groups 40 --max_rejected 40 --minibatch 320")
+# Of stage 2, and of stage 3 beside the suite's preset, as chosen from these.
 CHOSEN = "four"
 STAGE_2 = STARTS[CHOSEN]
-STAGE_3 = "--groups 20 --max_rejected 20 --minibatch 160 --iterations 20 --eval_every 10"
+STAGE_3 = "--groups 40 --max_rejected 40 --minibatch 320 --iterations 12 --eval_every 6"
 # Of each arm: what the figure calls it, and its settings beside STAGE_3.
 ARMS = dict(even=("tasks in turn", ""), signal=("tasks drawn by their signal", ""),
             adapters=("the 7B's adapters, one step of 5e-5",

@@ -107,7 +107,7 @@ def test_where_a_policy_is_told_another_thing_that_thing_can_be_the_goal(obeyed)
 def test_every_arm_is_one_of_ript_and_development_has_other_scenes(monkeypatch):
     for _, settings in whole_suite.ARMS.values():
         cfg = config("--suite", "libero_object", *whole_suite.STAGE_3.split(), *settings.split())
-        assert (cfg.groups, cfg.scale_multiplier, cfg.eval_contexts, cfg.image_size) == (20, 0.5, 50, 64)
+        assert (cfg.groups, cfg.scale_multiplier, cfg.eval_contexts, cfg.image_size) == (40, 0.5, 50, 64)
     development = "--suite", f"{whole_suite.__file__}:ObjectDevelopment", "--eval_contexts", 10
     for settings in whole_suite.SETTINGS.values():
         cfg = config(*development, *whole_suite.STAGE_3.split(), *settings.split())
