@@ -1054,6 +1054,9 @@ def run_command(main: Callable[[], object]):
         sys.exit(2)
     if WORLD > 1:  # not after an error, when the other processes may never answer
         distributed.destroy_process_group()
+        sys.stdout.flush()
+        # Its C++ threads may abort the process where the interpreter ends, though all has been done.
+        os._exit(0)
 
 def main(argv: Optional[list[str]] = None):
     """Algorithm 1 with a line per iteration, between two evaluations on the same contexts."""
