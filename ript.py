@@ -1055,7 +1055,7 @@ def run_command(main: Callable[[], object]):
     if WORLD > 1:  # not after an error, when the other processes may never answer
         distributed.destroy_process_group()
         sys.stdout.flush()
-        # Its C++ threads may abort the process where the interpreter ends, though all has been done.
+        # Where the interpreter ends, gloo with an optimiser aborts some processes: all has been done by then.
         os._exit(0)
 
 def main(argv: Optional[list[str]] = None):
