@@ -651,8 +651,10 @@ def load_class(known: dict, base: type, name: str) -> type:
     place = file.replace(".", "/") + ".py"
     require(name not in known or (HERE / place).exists(), f"{name} is {place} of ript.py's repository, which "
             f"is not beside {HERE}/ript.py: get the whole repository, or give FILE.py:Class")
-    if file.endswith(".py"):  # its neighbours can be imported, after what is beside ript.py
-        sys.path[1:1] = {str(Path(file).resolve().parent)} - set(sys.path)
+    if file.endswith(".py"):  # its neighbours, or its package, can be imported, after what is beside ript.py
+        folders = Path(file).resolve().parents
+        top = next(folder for folder in folders if not (folder / "__init__.py").exists())
+        sys.path[1:1] = {str(top)} - set(sys.path)
     with reading(file):
         found = runpy.run_path(file).get(attribute) if file.endswith(".py") else pkgutil.resolve_name(path)
     require(isinstance(found, type) and issubclass(found, base), f"{name} is no subclass of {base.__name__}")

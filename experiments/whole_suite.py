@@ -345,6 +345,14 @@ def table(names: list[str]) -> None:
         print(", ".join(f"{kind} {number:.0f}" for kind, number in sums.items()))
 
 
+def names_of_tasks(suite: str) -> list[str]:
+    """Of each task, what its instruction has and the others do not."""
+    texts = SUITES[suite].usual().INSTRUCTIONS
+    for words in ("pick up the ", " and place it in the basket", " and place it on the plate"):
+        texts = [text.replace(words, "") for text in texts]
+    return texts
+
+
 def figure(path: Path, suite: str, runs: dict[str, str]) -> None:
     """Draw a panel for each task: success on its stored states, and of its rollouts, against all rollouts.
     runs: what the legend calls each run, by the run's name."""
@@ -359,14 +367,34 @@ def figure(path: Path, suite: str, runs: dict[str, str]) -> None:
             for curve in (held_out, noisy):
                 rollouts, success = zip(*curve.points) if curve.points else ([], [])
                 axes.plot(rollouts, success, curve.style, label=curve.label)
-        text = SUITES[suite].usual().INSTRUCTIONS[task]
-        for words in ("pick up the ", " and place it in the basket", " and place it on the plate"):
-            text = text.replace(words, "")
         axes.set(ylim=(0, 103))
-        axes.set_title(text, fontsize="small", wrap=True)
+        axes.set_title(names_of_tasks(suite)[task], fontsize="small", wrap=True)
     drawing.supxlabel("rollouts of all tasks")
     drawing.supylabel("success, %")
     drawing.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2 * len(runs))
+    with ript.writing(path) as temporary:
+        drawing.savefig(temporary, dpi=110)
+
+
+def signal_figure(path: Path, suite: str, runs: dict[str, str]) -> None:
+    """Draw a panel for each run: the share of each task's groups that have signal, in every iteration, and
+    the number of its groups. runs: what the titles call each run, by the run's name."""
+    from matplotlib.figure import Figure
+    drawing = Figure(figsize=(2.2 + 5.4 * len(runs), 4.2), layout="constrained")
+    panels = drawing.subplots(1, len(runs), sharey=True, squeeze=False)[0]
+    for axes, (name, title) in zip(panels, runs.items()):
+        rows = [row for row in read_csv(KEPT / f"metrics_{name}.csv") if "rollouts" in row]
+        groups, kept = (np.array([[int(row.get(f"{kind}_{task}", 0)) for row in rows] for task in TASKS])
+                        for kind in ("groups", "kept"))  # task, iteration
+        shares = 100 * np.divide(kept, groups, where=groups > 0, out=np.full(groups.shape, np.nan))
+        colours = axes.imshow(shares, vmin=0, vmax=100, aspect="auto")
+        for (task, iteration), number in np.ndenumerate(groups):
+            bright = shares[task, iteration] > 60
+            axes.text(iteration, task, number, ha="center", va="center", fontsize="small",
+                      color="black" if bright else "white")
+        axes.set(xlabel="iteration", title=title, xticks=range(len(rows)),
+                 xticklabels=range(1, len(rows) + 1), yticks=TASKS, yticklabels=names_of_tasks(suite))
+    drawing.colorbar(colours, ax=panels, label="groups with signal, %")
     with ript.writing(path) as temporary:
         drawing.savefig(temporary, dpi=110)
 
@@ -388,6 +416,7 @@ def arms(suite: str, seeds: tuple[int, ...]) -> None:
         learned(suite, arm, seeds[0])
     table([*names])
     figure(KEPT / f"{suite}_arms.png", suite, names)
+    signal_figure(KEPT / f"{suite}_signal.png", suite, names)
 
 
 def senses(suite: str, seeds: tuple[int, ...]) -> None:

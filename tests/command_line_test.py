@@ -1,6 +1,7 @@
 """The claims of the command line: settings, presets, and a sentence for every mistake."""
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,23 @@ def test_help_is_the_documentation_of_every_setting(program):
     shown = " ".join(done.stdout.split())
     for field in dataclasses.fields(settings):
         assert f" --{field.name} " in shown and repr(field.default) in shown
+
+
+def test_a_file_can_import_its_neighbours_and_in_a_package_they_hide_no_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for module in ("colorsys", "neighbour"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    (tmp_path / "neighbour.py").write_text("")
+    (tmp_path / "alone.py").write_text("import neighbour\nfrom ript import Suite\n")
+    inner = tmp_path / "outer/inner"
+    inner.mkdir(parents=True)
+    for folder in (inner, inner.parent):
+        (folder / "__init__.py").write_text("")
+    (inner / "colorsys.py").write_text("from ript import Suite\n")  # named as a module that Python has
+    lines = "from colorsys import rgb_to_hsv", "from outer.inner.colorsys import Suite"
+    (inner / "suite.py").write_text("\n".join(lines))
+    for file in (tmp_path / "alone.py", inner / "suite.py"):
+        assert load_suite(f"{file}:Suite") is ript.Suite
 
 
 # ------------------------------------------------------------------------------------------------- mistakes

@@ -146,3 +146,5 @@ def test_the_table_has_every_task_and_the_figure_a_panel_for_each(monkeypatch, t
     assert seconds == "rollouts 320, seconds_rollouts 9, seconds_update 0, seconds_evaluation 7"
     whole_suite.figure(tmp_path / "tasks.png", "libero_object", dict(a="seed 0"))
     assert (tmp_path / "tasks.png").stat().st_size > 20_000
+    whole_suite.signal_figure(tmp_path / "signal.png", "libero_object", dict(a="seed 0"))
+    assert (tmp_path / "signal.png").stat().st_size > 10_000
