@@ -30,9 +30,9 @@ from PIL import Image, ImageDraw
 
 import ript
 from experiments import tabletop_suites
-from experiments.common import (PRETRAINED, RESULTS, ROOT, RUNS, SUCCESS, curve_of, evaluated, keep_results,
-                                kept_outcomes, plot_curves, print_header, print_row, read_csv, run_once,
-                                write_csv)
+from experiments.common import (ONE_START, ONE_TASK, PRETRAINED, RESULTS, ROOT, RUNS, SUCCESS, curve_of,
+                                evaluated, keep_results, kept_outcomes, plot_curves, print_header, print_row,
+                                read_csv, run_once, write_csv)
 from policies.tiny import Tiny
 from scripts import report
 
@@ -40,6 +40,7 @@ HOME = RUNS / "ablations"
 SEEDS = (0, 1, 2)
 TABLETOP_SUITES = ROOT / "experiments/tabletop_suites.py"
 LIBERO_SUITES = ROOT / "experiments/libero_suites.py"
+OBJECT = "--suite libero_object --task"
 HALF = "--groups 8 --max_rejected 6 --minibatch 64 --iterations 12 --eval_every 4"
 QUARTER = "--groups 4 --max_rejected 3 --minibatch 32 --iterations 24 --eval_every 8"
 # Of each: settings of both stages, of stage 2, of stage 3, over the suite's presets.
@@ -69,16 +70,16 @@ EXPERIMENTS = dict(
     passes4=("", "", "--ppo_epochs 4"),
     passes4_noclip=("", "", "--ppo_epochs 4 --clip_coef 1000"),
     # 4 demonstrations per instruction, 4 iterations
-    libero=("--suite libero_object --task 0", "", ""),
-    libero_none=("--suite libero_object --task 0", "", "--max_rejected 0"),  # nothing is replaced
-    libero_loo=("--suite libero_object --task 0", "", ""),  # leave-one-out, beside GRPO's advantage
-    libero_grpo=("--suite libero_object --task 0", "", ""),
+    libero=(f"{OBJECT} 0", ONE_START, ONE_TASK),
+    libero_none=(f"{OBJECT} 0", ONE_START, f"{ONE_TASK} --max_rejected 0"),  # nothing is replaced
+    libero_loo=(f"{OBJECT} 0", ONE_START, ONE_TASK),  # leave-one-out, beside GRPO's advantage
+    libero_grpo=(f"{OBJECT} 0", ONE_START, ONE_TASK),
     # With four demonstrations, no rollout of 16 in training contexts succeeds in task 1 and on the bowl.
-    object_1=("--suite libero_object --task 1", "--demos_per_task 10", ""),
-    object_2=("--suite libero_object --task 2", "", ""),
-    object_3=("--suite libero_object --task 3", "", ""),
-    one_scene=(f"--suite {LIBERO_SUITES}:OneScene", "", ""),
-    bowl=(f"--suite {LIBERO_SUITES}:Goal --task 6", "--demos_per_task 10", ""),
+    object_1=(f"{OBJECT} 1", f"{ONE_START} --demos_per_task 10", ONE_TASK),
+    object_2=(f"{OBJECT} 2", ONE_START, ONE_TASK),
+    object_3=(f"{OBJECT} 3", ONE_START, ONE_TASK),
+    one_scene=(f"--suite {LIBERO_SUITES}:OneScene", ONE_START, ONE_TASK),
+    bowl=(f"--suite {LIBERO_SUITES}:Goal --task 6", f"{ONE_START} --demos_per_task 10", ONE_TASK),
 )
 # Of an experiment: the script of stage 3, where it is not ript.py itself.
 SCRIPTS = dict(grpo="experiments/grpo.py", libero_grpo="experiments/grpo.py")

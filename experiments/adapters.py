@@ -24,7 +24,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import ript
-from experiments.common import (RESULTS, RUNS, SUCCESS, add_noise_success, curve_of, keep_results,
+from experiments.common import (ONE_START, RESULTS, RUNS, SUCCESS, add_noise_success, curve_of, keep_results,
                                 kept_outcomes, plot_curves, print_header, print_row, read_csv, run_once,
                                 write_csv)
 from policies.openvla_oft import OpenVLAOFT, is_adapter_or_head
@@ -109,8 +109,9 @@ def train(arm, argv):
 def start_of(name, seed):
     """The policy after stage 2 that all arms of a seed start from. It is that of ablations.py."""
     suite, _, _ = EXPERIMENTS[name]
-    out = RUNS / f"ablations/{dict(adapters='tabletop', adapters_libero='libero')[name]}_{seed}_sft"
-    return run_once(out, "scripts/sft.py", *suite.split(), "--seed", seed)
+    ablation, stage_2 = dict(adapters=("tabletop", ""), adapters_libero=("libero", ONE_START))[name]
+    out = RUNS / f"ablations/{ablation}_{seed}_sft"
+    return run_once(out, "scripts/sft.py", *suite.split(), "--seed", seed, *stage_2.split())
 
 def run(name, arm, seed):
     """One run, as far as it is missing. Its results go to docs/results."""

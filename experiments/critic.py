@@ -24,17 +24,18 @@ import torch
 from torch import nn
 
 import ript
-from experiments.common import RESULTS, RUNS, SUCCESS, curve_of, memory_gb, plot_curves, run_once, write_csv
+from experiments.common import (ONE_START, ONE_TASK, RESULTS, RUNS, SUCCESS, curve_of, memory_gb, plot_curves,
+                                run_once, write_csv)
 from policies.tiny import Tiny
 from simulators.libero_experts import LiberoObject
 from simulators.tabletop import Tabletop
 
 ARMS = "leave-one-out", "critic"
-# Of each experiment: settings of both stages, and of stage 3, over the suite's presets.
+# Of each experiment: settings of both stages, of stage 2, of stage 3, over the suite's presets.
 EXPERIMENTS = dict(
-    critic=("--suite tabletop", "--groups 24 --minibatch 192 --eval_every 1"),
-    critic_small=("--suite tabletop", "--groups 6 --minibatch 48 --iterations 8 --eval_every 4"),
-    critic_libero=("--suite libero_object --task 0", "--eval_every 2"))
+    critic=("--suite tabletop", "", "--groups 24 --minibatch 192 --eval_every 1"),
+    critic_small=("--suite tabletop", "", "--groups 6 --minibatch 48 --iterations 8 --eval_every 4"),
+    critic_libero=("--suite libero_object --task 0", ONE_START, ONE_TASK))
 
 def gae(value, outcome, lam=0.95):
     """Generalised advantage estimation over an episode's queries with gamma = 1: (Q,), number -> (Q,).
@@ -163,8 +164,8 @@ def update(policy, optimizer, episodes, cfg, state):
 
 def rows_of(name, arm, seed):
     """What is missing of stage 2 and of an arm's stage 3: -> a row per iteration."""
-    suite, settings = (words.split() for words in EXPERIMENTS[name])
-    start = run_once(RUNS / f"critic/{name}_{seed}_sft", "scripts/sft.py", *suite, "--seed", seed)
+    suite, stage_2, settings = (words.split() for words in EXPERIMENTS[name])
+    start = run_once(RUNS / f"critic/{name}_{seed}_sft", "scripts/sft.py", *suite, "--seed", seed, *stage_2)
     script = ["experiments/critic.py", "train"] if arm == "critic" else ["ript.py"]
     settings += ["--seed", seed, "--max_rejected", 0, "--checkpoint", start]
     out = run_once(RUNS / f"critic/{name}_{seed}_{arm}", *script, *suite, *settings)
