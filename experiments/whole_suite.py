@@ -46,15 +46,17 @@ STARTS = dict(one="--demos_per_task 1 --sft_steps 1000", two="--demos_per_task 2
 # Each of these has 500 to 2,000 rollouts and a learning rate that does not fall.
 SHORT = "--iterations 4 --eval_every 0 --anneal false --groups 20 --max_rejected 20 --minibatch 160"
 STEPS = "--minibatch 40 --clip_coef 0.9"
+LARGE = "--groups 40 --max_rejected 40 --minibatch 320"
 ALL = f"--model {HERE}:Everything"
 SETTINGS = dict(
     head=SHORT, head_steps=f"{SHORT} {STEPS}", all=f"{SHORT} {ALL}", all_steps=f"{SHORT} {ALL} {STEPS}",
     slow=f"{SHORT} --iterations 6 --lr 5e-5 --adam_beta1 0.9",
-    large=f"{SHORT} --iterations 3 --groups 40 --max_rejected 40 --minibatch 320")
+    large=f"{SHORT} --iterations 3 {LARGE}",
+    large_slow=f"{SHORT} --iterations 8 {LARGE} --lr 5e-5 --adam_beta1 0.9")
 # Of stage 2, and of stage 3 beside the suite's preset, as chosen from these.
 CHOSEN = "four"
 STAGE_2 = STARTS[CHOSEN]
-STAGE_3 = "--groups 40 --max_rejected 40 --minibatch 320 --iterations 12 --eval_every 6"
+STAGE_3 = f"{LARGE} --iterations 12 --eval_every 6"
 # Of each arm: what the figure calls it, and its settings beside STAGE_3.
 ARMS = dict(even=("tasks in turn", ""), signal=("tasks drawn by their signal", ""),
             adapters=("the 7B's adapters, one step of 5e-5",
