@@ -9,7 +9,7 @@ import pytest
 import ript
 from experiments import common, whole_suite
 from ript import Context, Episode
-from tests.conftest import config
+from tests.conftest import config, demo_config
 from simulators.libero_experts import LiberoObject
 
 
@@ -102,6 +102,12 @@ def test_where_a_policy_is_told_another_thing_that_thing_can_be_the_goal(obeyed)
     assert thing != suite.told(0) and suite.INSTRUCTIONS[0] != usual
     suite.env.parsed_problem["goal_state"] = [[relation.lower(), thing, place]]
     assert not suite.success()
+
+
+def test_the_presets_of_both_suites_are_what_was_chosen():
+    for suite in whole_suite.SUITES:
+        assert config("--suite", suite) == config("--suite", suite, *whole_suite.STAGE_3.split())
+        assert demo_config("--suite", suite) == demo_config("--suite", suite, *whole_suite.STAGE_2.split())
 
 
 def test_every_arm_is_one_of_ript_and_development_has_other_scenes(monkeypatch):
