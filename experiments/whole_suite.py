@@ -10,8 +10,8 @@
 The suite is libero_object or, with `--suite libero_spatial`, that one; scripted experts demonstrate. `starts`
 and `settings` are there to choose in fresh scenes, so that the stored states stay unseen; they use a seed of
 their own. `--seeds 0` is for one seed. Results go to docs/results/whole_suite. So far only a part has run,
-all with libero_object: stage 2 in development, half of `settings`, `run`, `senses` with `--seeds 0`, and the
-first six iterations of `arms`.
+all with libero_object: stage 2 in development, half of `settings`, `run`, `senses`, and the first six of the
+iterations of `arms`.
 """
 import sys
 from pathlib import Path
