@@ -54,7 +54,7 @@ SETTINGS = dict(
     slow=f"{SHORT} --iterations 6 --lr 5e-5 --adam_beta1 0.9",
     large=f"{SHORT} --iterations 3 {LARGE}",
     large_slow=f"{SHORT} --iterations 8 {LARGE} --lr 5e-5 --adam_beta1 0.9")
-# Of stage 2, and of stage 3 beside the suite's preset, as chosen from these.
+# Of stage 2, and of stage 3 beside the suite's preset, as chosen from these. The presets say the same by now.
 CHOSEN = "four"
 STAGE_2 = STARTS[CHOSEN]
 STAGE_3 = f"{LARGE} --iterations 12 --eval_every 6"
@@ -362,16 +362,16 @@ def figure(path: Path, suite: str, runs: dict[str, str]) -> None:
     from matplotlib.figure import Figure
     drawing = Figure(figsize=(13, 5.5), layout="constrained")
     panels = drawing.subplots(2, 5, sharex=True, sharey=True).flat
-    for task, axes in zip(TASKS, panels):
-        for number, (name, title) in enumerate(runs.items()):
+    for task, title, axes in zip(TASKS, names_of_tasks(suite), panels):
+        axes.set(ylim=(0, 103))
+        axes.set_title(title, fontsize="small", wrap=True)
+        for number, (name, label) in enumerate(runs.items()):
             metrics = read_csv(KEPT / f"metrics_{name}.csv")
-            held_out = curve_of(title, f"o-C{number}", metrics, f"eval_{task}")
+            held_out = curve_of(label, f"o-C{number}", metrics, f"eval_{task}")
             noisy = curve_of("its rollouts", f":C{number}", metrics, f"success_{task}")
             for curve in (held_out, noisy):
                 rollouts, success = zip(*curve.points) if curve.points else ([], [])
                 axes.plot(rollouts, success, curve.style, label=curve.label)
-        axes.set(ylim=(0, 103))
-        axes.set_title(names_of_tasks(suite)[task], fontsize="small", wrap=True)
     drawing.supxlabel("rollouts of all tasks")
     drawing.supylabel("success, %")
     drawing.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2 * len(runs))
