@@ -24,7 +24,7 @@ SUCCESS = "success on held-out contexts, %"
 
 # LIBERO-Object's presets are for its ten tasks. These are for one of them: stage 2 and stage 3.
 ONE_START = "--sft_steps 600"
-ONE_TASK = "--groups 16 --max_rejected 16 --minibatch 128 --iterations 4 --eval_every 2"
+ONE_TASK = "--groups 16 --max_rejected 16 --minibatch 128 --adam_beta1 0 --iterations 4 --eval_every 2"
 
 # Scripts whose runs cannot be resumed.
 BEGIN_AGAIN = "scripts/sft.py", "experiments/critic.py"

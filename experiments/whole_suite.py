@@ -45,7 +45,8 @@ STARTS = dict(one="--demos_per_task 1 --sft_steps 1000", two="--demos_per_task 2
               short="--demos_per_task 4 --sft_steps 600", four="--demos_per_task 4 --sft_steps 1000",
               four_long="--demos_per_task 4 --sft_steps 2000")
 # Each of these has 500 to 2,000 rollouts and a learning rate that does not fall.
-SHORT = "--iterations 4 --eval_every 0 --anneal false --groups 20 --max_rejected 20 --minibatch 160"
+SHORT = ("--iterations 4 --eval_every 0 --anneal false --adam_beta1 0 --groups 20 --max_rejected 20 "
+         "--minibatch 160")
 STEPS = "--minibatch 40 --clip_coef 0.9"
 LARGE = "--groups 40 --max_rejected 40 --minibatch 320"
 ALL = f"--model {HERE}:Everything"

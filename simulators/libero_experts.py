@@ -10,7 +10,8 @@ class LiberoObject(Scripted, FastLibero):
     NAME = "libero_object"
     # For all ten tasks at once. A single one takes 600 steps of SFT, and 16 groups in four iterations.
     PRESET = dict(tiny=TINY | dict(checkpoint="runs/libero_object_sft", iterations=12, eval_every=6,
-                                   groups=40, max_rejected=40, minibatch=320, lr=1e-4, scale_multiplier=0.5))
+                                   groups=40, max_rejected=40, minibatch=320, lr=1e-4, adam_beta1=0.9,
+                                   scale_multiplier=0.5))
     # Few demonstrations, well learned, make a start that fails often and seldom always: four of each task.
     IMITATION = dict(tiny=TINY_IMITATION | dict(demos_per_task=4, sft_steps=1000))
 
