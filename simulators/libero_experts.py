@@ -38,36 +38,45 @@ class LiberoObject(Scripted, FastLibero):
 
 
 class LiberoSpatial(Scripted, FastLibero):
-    """LIBERO-Spatial: an expert for a bowl to be put on a plate, wherever it stands but in the drawer
-    of task 4."""
+    """LIBERO-Spatial: an expert for a bowl to be put on a plate, wherever it stands."""
     NAME = "libero_spatial"
     PRESET = dict(tiny=LiberoObject.PRESET["tiny"] | dict(checkpoint="runs/libero_spatial_sft"))
     IMITATION = LiberoObject.IMITATION
-    RIM = np.array([0, 0.045, 0.035])  # where the hand grips, from the bowl's middle, metres
+    RIM = 0.045, 0.035  # where the hand grips: beside the bowl's middle and above it, metres
 
     def expert(self, closing: int) -> np.ndarray:
-        """The next action (7,): above the rim, down, close, up, to the plate, down, open."""
+        """The next action (7,): above the rim, down, close, up, to the plate, down, open. In the drawer of
+        task 4 there is room for a finger only at the sides, and so the hand turns."""
         data = self.env.sim.data
         hand = self.env._eef_xpos
-        bowl, plate = (data.body_xpos[self.env.obj_body_id[name]] for name in self.env.obj_of_interest)
-        rim = bowl + self.RIM
+        things = self.env.obj_of_interest
+        bowl, plate = (data.body_xpos[self.env.obj_body_id[name]] for name in things)
+        drawer = ["in", things[0], "wooden_cabinet_1_top_region"] in self.env.parsed_problem["initial_state"]
+        side = data.get_body_xmat("wooden_cabinet_1_main")[:, 0] if drawer else np.array([0, 1, 0])
+        rim = bowl + self.RIM[0] * side + [0, 0, self.RIM[1]]
         away = np.abs(rim - hand)
-        if closing >= 8 and away.max() < 0.05:  # or else the bowl has slipped away, and all begins again
-            return self.carry(hand, bowl, plate)
-        if 0 < closing < 8 or away.max() < 0.012:
-            return self.toward(rim, rim[2], 1)
         above = rim[2] + 0.1
-        if away[:2].max() > 0.04 and hand[2] < above - 0.04:
-            return self.toward(hand, above + 0.02, -1)  # over what stands in the way
-        return self.toward(rim, rim[2] if away[:2].max() < 0.02 else above, -1)
+        if closing >= 8 and away.max() < 0.05:  # or else the bowl has slipped away, and all begins again
+            action = self.carry(hand, bowl, plate, drawer)
+        elif 0 < closing < 8 or away.max() < 0.012:
+            action = self.toward(rim, rim[2], 1)
+        elif away[:2].max() > 0.04 and hand[2] < above - 0.04:
+            action = self.toward(hand, above + 0.02, -1)  # over what stands in the way
+        else:
+            action = self.toward(rim, rim[2] if away[:2].max() < 0.02 else above, -1)
+        if drawer:
+            fingers = data.site_xmat[self.env.robots[0].eef_site_id].reshape(3, 3)[:, 0]  # they part along it
+            action[5] = np.clip(4 * np.cross(fingers, side)[2], -1, 1)
+        return action
 
-    def carry(self, hand, bowl, plate):
+    def carry(self, hand, bowl, plate, drawer):
         """The next action with the bowl in the hand."""
         off = np.abs(bowl[:2] - plate[:2]).max()
         goal = plate + hand - bowl  # the hand's place when the bowl is on the plate
         if off < 0.02:
             return self.toward(goal, hand[2] - 0.06, -1 if bowl[2] < plate[2] + 0.025 else 1)
-        if off > 0.04 and bowl[2] < plate[2] + 0.09:
+        clear = 0.24 if drawer and off > 0.2 else 0.09  # of what is around the bowl, above the plate
+        if off > 0.04 and bowl[2] < plate[2] + clear:
             return self.toward(hand, hand[2] + 0.1, 1)
-        height = plate[2] + 0.12 + self.RIM[2]
+        height = plate[2] + 0.12 + self.RIM[1]
         return self.toward(goal, max(height, hand[2]) if off > 0.1 else height, 1)
