@@ -87,6 +87,10 @@ def scripted_demonstrations(simulators, cfg):
 
     asyncio.run(simulators.run(map(demonstrate, range(len(contexts))), "demonstrations"))
     print(f"scripted expert: success in {len(found)} of {len(attempts)} attempts", flush=True)
+    short = sorted({context.task for number, context in enumerate(contexts) if number not in found})
+    if short:
+        print(f"the expert failed too often: of task {', '.join(map(str, short))} there are fewer than "
+              f"{cfg.demos_per_task} demonstrations", flush=True)
     demos = []
     for number in sorted(found):
         demonstration, = found[number].chunks

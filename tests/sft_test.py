@@ -35,6 +35,22 @@ def test_scripted_demonstrations_are_successes_with_clean_labels_for_any_number_
     assert seen[0] == seen[1]
 
 
+def test_it_is_said_of_which_tasks_demonstrations_are_missing(simulators, capfd):
+    async def run_episodes(play, episodes):
+        """The expert fails wherever task 1 is asked for."""
+        if not episodes[0].context.task:
+            await simulators.run_episodes(play, episodes)
+
+    pool = copy.copy(simulators)
+    pool.run_episodes = run_episodes
+    demos = sft.scripted_demonstrations(pool, demo_config("--demos_per_task", 1))
+    assert [demo.context.task for demo in demos] == [0]
+    said = capfd.readouterr().out
+    assert "of task 1 there are fewer than 1 demonstrations" in said
+    sft.scripted_demonstrations(simulators, demo_config("--demos_per_task", 1))
+    assert "fewer" not in capfd.readouterr().out
+
+
 def test_libero_demonstrations_give_observations_actions_and_contexts(tmp_path):
     suite = load_suite("libero_goal")
     path = suite.demo_file(tmp_path, 3)
