@@ -43,6 +43,7 @@ class LiberoSpatial(Scripted, FastLibero):
     PRESET = dict(tiny=LiberoObject.PRESET["tiny"] | dict(checkpoint="runs/libero_spatial_sft"))
     IMITATION = LiberoObject.IMITATION
     RIM = 0.045, 0.035  # where the hand grips: beside the bowl's middle and above it, metres
+    CLOSING = 14  # steps until the fingers have the thin rim between them
 
     def expert(self, closing: int) -> np.ndarray:
         """The next action (7,): above the rim, down, close, up, to the plate, down, open. In the drawer of
@@ -56,9 +57,9 @@ class LiberoSpatial(Scripted, FastLibero):
         rim = bowl + self.RIM[0] * side + [0, 0, self.RIM[1]]
         away = np.abs(rim - hand)
         above = rim[2] + 0.1
-        if closing >= 8 and away.max() < 0.05:  # or else the bowl has slipped away, and all begins again
+        if closing >= self.CLOSING and away.max() < 0.05:  # or else the bowl has slipped away, and all begins again
             action = self.carry(hand, bowl, plate, drawer)
-        elif 0 < closing < 8 or away.max() < 0.012:
+        elif 0 < closing < self.CLOSING or away.max() < 0.012:
             action = self.toward(rim, rim[2], 1)
         elif away[:2].max() > 0.04 and hand[2] < above - 0.04:
             action = self.toward(hand, above + 0.02, -1)  # over what stands in the way
