@@ -59,8 +59,9 @@ SETTINGS = dict(
 CHOSEN = "four"
 STAGE_2 = STARTS[CHOSEN]
 STAGE_3 = f"{LARGE} --iterations 12 --eval_every 6"
-# Of each arm: what the figure calls it, and its settings beside STAGE_3.
-ARMS = dict(even=("tasks in turn", ""), signal=("tasks drawn by their signal", ""),
+# Of each arm: what the figure calls it, and its settings beside STAGE_3. Only the first has momentum.
+ARMS = dict(even=("tasks in turn, momentum", ""), plain=("tasks in turn", "--adam_beta1 0"),
+            signal=("tasks drawn by their signal", "--adam_beta1 0"),
             adapters=("the 7B's adapters, one step of 5e-5",
                       f"--model {ROOT}/experiments/adapters.py:Adapted {ONE_STEP} 5e-5"))
 SEEDS = 0, 1

@@ -57,7 +57,9 @@ class LiberoSpatial(Scripted, FastLibero):
         rim = bowl + self.RIM[0] * side + [0, 0, self.RIM[1]]
         away = np.abs(rim - hand)
         above = rim[2] + 0.1
-        if closing >= self.CLOSING and away.max() < 0.05:  # or else the bowl has slipped away, and all begins again
+        if self.placed(bowl, plate):
+            action = self.toward(hand, hand[2], -1)
+        elif closing >= self.CLOSING and away.max() < 0.05:  # or else the bowl has slipped away, and all begins again
             action = self.carry(hand, bowl, plate, drawer)
         elif 0 < closing < self.CLOSING or away.max() < 0.012:
             action = self.toward(rim, rim[2], 1)
@@ -70,12 +72,16 @@ class LiberoSpatial(Scripted, FastLibero):
             action[5] = np.clip(4 * np.cross(fingers, side)[2], -1, 1)
         return action
 
+    def placed(self, bowl, plate):
+        """Is the bowl where the hand is to open?"""
+        return np.abs(bowl[:2] - plate[:2]).max() < 0.025 and bowl[2] < plate[2] + 0.025
+
     def carry(self, hand, bowl, plate, drawer):
         """The next action with the bowl in the hand."""
         off = np.abs(bowl[:2] - plate[:2]).max()
         goal = plate + hand - bowl  # the hand's place when the bowl is on the plate
         if off < 0.02:
-            return self.toward(goal, hand[2] - 0.06, -1 if bowl[2] < plate[2] + 0.025 else 1)
+            return self.toward(goal, hand[2] - 0.06, 1)
         clear = 0.24 if drawer and off > 0.2 else 0.09  # of what is around the bowl, above the plate
         if off > 0.04 and bowl[2] < plate[2] + clear:
             return self.toward(hand, hand[2] + 0.1, 1)

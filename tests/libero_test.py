@@ -137,6 +137,8 @@ def test_the_experts_of_liberos_suites_do_what_is_asked(suite, task):
     demonstration = suite.demonstrate(Context(task, suite.INSTRUCTIONS[task], 1_000_004))
     suite.env.close()
     assert demonstration.success and len(demonstration.actions) < 200
+    grip = demonstration.actions[:, -1]
+    assert (np.diff(grip) > 0).sum() == 1  # what it has taken does not slip off
 
 
 def test_an_iteration_with_the_small_policy(tmp_path, capfd):
