@@ -39,6 +39,7 @@ class Scripted:
     """A suite with an expert, which knows where things are: expert(closing) -> its next action (A,), the
     hand's motion first and the gripper last; closing: control steps since the hand began to close."""
     MEASURED = ("proprio", "action")  # what takes its bounds from demonstrations, for a policy from scratch
+    AFTER = 0  # control steps of a demonstration after its success
 
     def demonstrate(self, context: ript.Context) -> Demonstration:
         """An episode of the expert, whose hand is pushed. The pushes are not among the recorded actions, so
@@ -47,13 +48,17 @@ class Scripted:
         observations = []
         actions = []
         closing = 0
-        while not answer.success and len(actions) < ript.horizon_of(self, context.task):
+        success = answer.success
+        after = int(success)
+        while after <= self.AFTER and len(actions) < ript.horizon_of(self, context.task):
             action = self.expert(closing)
             observations.append(answer.observation)
             actions.append(action)
             closing = closing + 1 if action[-1] > 0 else 0
             answer = self.step([self.disturb(action, context, len(actions) - 1)])
-        return Demonstration(answer.success, observations, np.array(actions))
+            success = success or answer.success
+            after += success
+        return Demonstration(success, observations, np.array(actions))
 
     def disturb(self, action, context, t):
         """What is run in place of the expert's action of step t: the hand trembles, and drifts at first."""
