@@ -52,7 +52,8 @@ class Scripted:
         after = int(success)
         while after <= self.AFTER and len(actions) < ript.horizon_of(self, context.task):
             action = self.expert(closing)
-            observations.append(answer.observation)
+            seen = answer.observation
+            observations.append(self.get_observation() if seen is None else seen)  # None after success
             actions.append(action)
             closing = closing + 1 if action[-1] > 0 else 0
             answer = self.step([self.disturb(action, context, len(actions) - 1)])

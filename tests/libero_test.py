@@ -137,8 +137,10 @@ def test_the_experts_of_liberos_suites_do_what_is_asked(suite, task):
     demonstration = suite.demonstrate(Context(task, suite.INSTRUCTIONS[task], 1_000_004))
     suite.env.close()
     assert demonstration.success and len(demonstration.actions) < 200
+    assert all(isinstance(seen, dict) for seen in demonstration.observations)
     grip = demonstration.actions[:, -1]
     assert (np.diff(grip) > 0).sum() == 1  # what it has taken does not slip off
+    assert (grip[-8:] < 0).all()  # to let go is shown for long enough
 
 
 def test_an_iteration_with_the_small_policy(tmp_path, capfd):
