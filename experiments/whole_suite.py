@@ -9,9 +9,9 @@
 
 The suite is libero_object or, with `--suite libero_spatial`, that one; scripted experts demonstrate. `starts`
 and `settings` are there to choose in fresh scenes, so that the stored states stay unseen; they use a seed of
-their own. `--seeds 0` is for one seed. Results go to docs/results/whole_suite. So far only a part has run,
-all with libero_object: stage 2 in development, half of `settings`, `run`, `senses`, and the first six of the
-iterations of `arms`.
+their own. `--seeds 0` is for one seed. Results go to docs/results/whole_suite. So far only a part has run. Of
+libero_object: stage 2 in development, but for `ten` and `ten_long`, and half of `settings`; both seeds and
+`senses`, of the arm `plain`; the first six of the other arms' iterations. Of libero_spatial: stage 2.
 """
 import sys
 from pathlib import Path
@@ -43,7 +43,8 @@ HERE = f"{ROOT}/experiments/whole_suite.py"
 # Compared in contexts of development: settings of stage 2, and of stage 3 in place of STAGE_3's.
 STARTS = dict(one="--demos_per_task 1 --sft_steps 1000", two="--demos_per_task 2 --sft_steps 1000",
               short="--demos_per_task 4 --sft_steps 600", four="--demos_per_task 4 --sft_steps 1000",
-              four_long="--demos_per_task 4 --sft_steps 2000")
+              four_long="--demos_per_task 4 --sft_steps 2000", ten="--demos_per_task 10 --sft_steps 1000",
+              ten_long="--demos_per_task 10 --sft_steps 2000")
 # Each of these has 500 to 2,000 rollouts and a learning rate that does not fall.
 SHORT = ("--iterations 4 --eval_every 0 --anneal false --adam_beta1 0 --groups 20 --max_rejected 20 "
          "--minibatch 160")

@@ -60,7 +60,7 @@ class LiberoSpatial(Scripted, FastLibero):
         above = rim[2] + 0.1
         if self.placed(bowl, plate):
             action = self.toward(hand, hand[2], -1)
-        elif closing >= self.CLOSING and away.max() < 0.05:  # or else the bowl has slipped away, and all begins again
+        elif closing >= self.CLOSING and away.max() < 0.05:  # or else the bowl has slipped away
             action = self.carry(hand, bowl, plate, drawer)
         elif 0 < closing < self.CLOSING or away.max() < 0.012:
             action = self.toward(rim, rim[2], 1)
