@@ -129,12 +129,13 @@ def test_pictures_of_collision_meshes_look_multisampled_and_the_benchmarks_are()
 
 
 # Ketchup, on which the palm would rest, were it grasped in the middle; a bowl on the stove, and one in the
-# drawer, where the hand must turn.
-@pytest.mark.parametrize("suite,task", [("libero_object", 4), ("libero_spatial", 7), ("libero_spatial", 4)])
-def test_the_experts_of_liberos_suites_do_what_is_asked(suite, task):
+# drawer, in a scene in which it fails unless the hand turns.
+@pytest.mark.parametrize("suite,task,seed", [
+    ("libero_object", 4, 1_000_004), ("libero_spatial", 7, 1_000_004), ("libero_spatial", 4, 300)])
+def test_the_experts_of_liberos_suites_do_what_is_asked(suite, task, seed):
     libero_or_skip()
     suite = load_suite(suite)(64, True)
-    demonstration = suite.demonstrate(Context(task, suite.INSTRUCTIONS[task], 1_000_004))
+    demonstration = suite.demonstrate(Context(task, suite.INSTRUCTIONS[task], seed))
     suite.env.close()
     assert demonstration.success and len(demonstration.actions) < 200
     assert all(isinstance(seen, dict) for seen in demonstration.observations)
