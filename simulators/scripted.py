@@ -69,6 +69,8 @@ class Scripted:
             push = push + drift
         return action + np.append(push, np.zeros(len(action) - 3))
 
-    def toward(self, place, z, grip):
-        """The action of a hand on its way to a place, at the height z; grip: -1 open, 1 closed."""
-        return np.array([*np.clip(15 * ([*place[:2], z] - self.env._eef_xpos), -1, 1), 0, 0, 0, grip])
+    def toward(self, place, z, grip, speed=1):
+        """The action of a hand on its way to a place, at the height z; grip: -1 open, 1 closed; speed: the
+        largest of the action's numbers, of 1."""
+        motion = np.clip(15 * ([*place[:2], z] - self.env._eef_xpos), -speed, speed)
+        return np.array([*motion, 0, 0, 0, grip])
