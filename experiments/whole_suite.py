@@ -44,6 +44,7 @@ HERE = f"{ROOT}/experiments/whole_suite.py"
 STARTS = dict(one="--demos_per_task 1 --sft_steps 1000", two="--demos_per_task 2 --sft_steps 1000",
               short="--demos_per_task 4 --sft_steps 600", four="--demos_per_task 4 --sft_steps 1000",
               four_long="--demos_per_task 4 --sft_steps 2000", ten="--demos_per_task 10 --sft_steps 1000",
+              ten_longer="--demos_per_task 10 --sft_steps 1500",
               ten_long="--demos_per_task 10 --sft_steps 2000")
 # Each of these has 500 to 2,000 rollouts and a learning rate that does not fall.
 SHORT = ("--iterations 4 --eval_every 0 --anneal false --adam_beta1 0 --groups 20 --max_rejected 20 "
@@ -57,8 +58,7 @@ SETTINGS = dict(
     large=f"{SHORT} --iterations 3 {LARGE}",
     large_slow=f"{SHORT} --iterations 8 {LARGE} --lr 5e-5 --adam_beta1 0.9")
 # Of stage 2, and of stage 3 beside the suite's preset, as chosen from these. The presets say the same by now.
-CHOSEN = "four"
-STAGE_2 = STARTS[CHOSEN]
+CHOSEN = dict(libero_object="four", libero_spatial="ten_longer")
 STAGE_3 = f"{LARGE} --iterations 12 --eval_every 6"
 # Of each arm: what the figure calls it, and its settings beside STAGE_3. Only the first has momentum.
 ARMS = dict(even=("tasks in turn, momentum", ""), plain=("tasks in turn", "--adam_beta1 0"),
@@ -289,8 +289,8 @@ def starts(suite: str, seeds: tuple[int, ...]) -> None:
 
 def start_of(suite: str, seed: int) -> Path:
     """The policy after stage 2 that all arms of a seed start from."""
-    words = words_of(suite, "usual", seed)
-    return run_once(RUNS / f"whole_suite/{suite}_{seed}_sft", "scripts/sft.py", *words, *STAGE_2.split())
+    words = *words_of(suite, "usual", seed), *STARTS[CHOSEN[suite]].split()
+    return run_once(RUNS / f"whole_suite/{suite}_{seed}_sft", "scripts/sft.py", *words)
 
 
 def learn(name: str, arm: str, start: Path, *words) -> Path:
@@ -310,7 +310,7 @@ def learned(suite: str, arm: str, seed: int) -> Path:
 def settings(suite: str, seeds: tuple[int, ...]) -> None:
     """SETTINGS in contexts of development, all from one start: success by task before and after."""
     words = words_of(suite, "development", DEVELOPMENT_SEED)
-    start = development_start(suite, CHOSEN)
+    start = development_start(suite, CHOSEN[suite])
     print_header("", "SFT", "RIPT", "gained, lost, p", "rollouts", "with signal", *TASKS)
     for name, settings in SETTINGS.items():
         name = f"{suite}_settings_{name}"

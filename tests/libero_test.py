@@ -131,7 +131,8 @@ def test_pictures_of_collision_meshes_look_multisampled_and_the_benchmarks_are()
 # Ketchup, on which the palm would rest, were it grasped in the middle; a bowl on the stove, and one in the
 # drawer, in a scene in which it fails unless the hand turns.
 @pytest.mark.parametrize("suite,task,seed,speed", [
-    ("libero_object", 4, 1_000_004, 1), ("libero_spatial", 7, 1_000_004, 0.4), ("libero_spatial", 4, 300, 0.4)])
+    ("libero_object", 4, 1_000_004, 1), ("libero_spatial", 7, 1_000_004, 0.4),
+    ("libero_spatial", 4, 300, 0.4)])
 def test_the_experts_of_liberos_suites_do_what_is_asked(suite, task, seed, speed):
     libero_or_skip()
     suite = load_suite(suite)(64, True)

@@ -107,7 +107,8 @@ def test_where_a_policy_is_told_another_thing_that_thing_can_be_the_goal(obeyed)
 def test_the_presets_of_both_suites_are_what_was_chosen():
     for suite in whole_suite.SUITES:
         assert config("--suite", suite) == config("--suite", suite, *whole_suite.STAGE_3.split())
-        assert demo_config("--suite", suite) == demo_config("--suite", suite, *whole_suite.STAGE_2.split())
+        start = whole_suite.STARTS[whole_suite.CHOSEN[suite]].split()
+        assert demo_config("--suite", suite) == demo_config("--suite", suite, *start)
 
 
 def test_every_arm_is_one_of_ript_and_development_has_other_scenes(monkeypatch):
