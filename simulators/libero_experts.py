@@ -44,8 +44,7 @@ class LiberoSpatial(Scripted, FastLibero):
     IMITATION = dict(tiny=TINY_IMITATION | dict(demos_per_task=10, sft_steps=1500))
     RIM = 0.045, 0.035  # where the hand grips: beside the bowl's middle and above it, metres
     CLOSING = 14  # steps until the fingers have the thin rim between them
-    # A policy sees nothing for eight steps, in which a hand at full speed moves by 10 cm.
-    CARRYING = 0.4
+    CARRYING = 0.4  # at full speed a hand moves by 10 cm in the eight steps in which a policy sees nothing
     AFTER = 8  # it opens in the last three steps before its success, which are too few to learn from
 
     def expert(self, closing: int) -> np.ndarray:

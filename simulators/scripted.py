@@ -70,7 +70,7 @@ class Scripted:
         return action + np.append(push, np.zeros(len(action) - 3))
 
     def toward(self, place, z, grip, speed=1):
-        """The action of a hand on its way to a place, at the height z; grip: -1 open, 1 closed; speed: the
-        largest of the action's numbers, of 1."""
+        """The action of a hand on its way to a place, at the height z; grip: -1 open, 1 closed; speed: 1 is
+        as fast as actions go."""
         motion = np.clip(15 * ([*place[:2], z] - self.env._eef_xpos), -speed, speed)
         return np.array([*motion, 0, 0, 0, grip])
