@@ -41,7 +41,7 @@ class LiberoSpatial(Scripted, FastLibero):
     """LIBERO-Spatial: an expert for a bowl to be put on a plate, wherever it stands."""
     NAME = "libero_spatial"
     PRESET = dict(tiny=LiberoObject.PRESET["tiny"] | dict(checkpoint="runs/libero_spatial_sft"))
-    IMITATION = dict(tiny=TINY_IMITATION | dict(demos_per_task=10, sft_steps=1500))
+    IMITATION = dict(tiny=TINY_IMITATION | dict(demos_per_task=10, sft_steps=2000))
     RIM = 0.045, 0.035  # where the hand grips: beside the bowl's middle and above it, metres
     CLOSING = 14  # steps until the fingers have the thin rim between them
     CARRYING = 0.4  # at full speed a hand moves by 10 cm in the eight steps in which a policy sees nothing
