@@ -11,7 +11,8 @@ The suite is libero_object or, with `--suite libero_spatial`, that one; scripted
 and `settings` are there to choose in fresh scenes, so that the stored states stay unseen; they use a seed of
 their own. `--seeds 0` is for one seed. Results go to docs/results/whole_suite. So far only a part has run. Of
 libero_object: stage 2 in development, but for `ten` and `ten_long`, and half of `settings`; both seeds and
-`senses`, of the arm `plain`; the first six of the other arms' iterations. Of libero_spatial: stage 2.
+`senses`, of the arm `plain`; the first six of the other arms' iterations. Of libero_spatial: four starts in
+development; the first six iterations of seed 0.
 """
 import sys
 from pathlib import Path
