@@ -45,7 +45,7 @@ HERE = f"{ROOT}/experiments/whole_suite.py"
 STARTS = dict(one="--demos_per_task 1 --sft_steps 1000", two="--demos_per_task 2 --sft_steps 1000",
               short="--demos_per_task 4 --sft_steps 600", four="--demos_per_task 4 --sft_steps 1000",
               four_long="--demos_per_task 4 --sft_steps 2000", ten="--demos_per_task 10 --sft_steps 1000",
-              ten_longer="--demos_per_task 10 --sft_steps 1500",
+              ten_middle="--demos_per_task 10 --sft_steps 1500",
               ten_long="--demos_per_task 10 --sft_steps 2000")
 # Each of these has 500 to 2,000 rollouts and a learning rate that does not fall.
 SHORT = ("--iterations 4 --eval_every 0 --anneal false --adam_beta1 0 --groups 20 --max_rejected 20 "
