@@ -156,3 +156,15 @@ def test_the_table_has_every_task_and_the_figure_a_panel_for_each(monkeypatch, t
     assert (tmp_path / "tasks.png").stat().st_size > 20_000
     whole_suite.signal_figure(tmp_path / "signal.png", "libero_object", dict(a="seed 0"))
     assert (tmp_path / "signal.png").stat().st_size > 10_000
+
+
+def test_a_suites_figure_is_of_its_own_seeds(monkeypatch):
+    seeds, drawn = [], []
+    monkeypatch.setattr(whole_suite, "learned", lambda suite, arm, seed: seeds.append(seed))
+    monkeypatch.setattr(whole_suite, "table", lambda names: None)
+    monkeypatch.setattr(whole_suite, "figure", lambda path, suite, runs: drawn.append((path.name, [*runs])))
+    for words in ("run", "run --seeds 3", "run --suite libero_spatial"):
+        whole_suite.main(words.split())
+    assert seeds == [0, 1, 3, 0]
+    assert drawn == [("libero_object.png", ["libero_object_even_0", "libero_object_even_1"]),
+                     ("libero_spatial.png", ["libero_spatial_even_0"])]
