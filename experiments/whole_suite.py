@@ -58,7 +58,8 @@ SETTINGS = dict(
     head=SHORT, head_steps=f"{SHORT} {STEPS}", all=f"{SHORT} {ALL}", all_steps=f"{SHORT} {ALL} {STEPS}",
     slow=f"{SHORT} --iterations 6 --lr 5e-5 --adam_beta1 0.9",
     large=f"{SHORT} --iterations 3 {LARGE}",
-    large_slow=f"{SHORT} --iterations 8 {LARGE} --lr 5e-5 --adam_beta1 0.9")
+    large_slow=f"{SHORT} --iterations 8 {LARGE} --lr 5e-5 --adam_beta1 0.9",
+    all_large_slow=f"{SHORT} --iterations 8 {LARGE} --lr 5e-5 --adam_beta1 0.9 {ALL}")
 # Of stage 2, and of stage 3 beside the suite's preset, as chosen from these. The presets say the same by now.
 CHOSEN = dict(libero_object="four", libero_spatial="ten_long")
 STAGE_3 = f"{LARGE} --iterations 12 --eval_every 6"
