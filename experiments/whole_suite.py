@@ -12,8 +12,7 @@ and `settings` are there to choose in fresh scenes, so that the stored states st
 their own. LIBERO-Object has two seeds, LIBERO-Spatial one; `--seeds 0 1` chooses others. Results go to
 docs/results/whole_suite. So far only a part has run. Of libero_object: stage 2 in development, but for `ten`
 and `ten_long`, and half of `settings`; both seeds and `senses`, of the arm `plain`; the first six of the
-other arms' iterations. Of libero_spatial: four starts in development; the first six iterations of seed 0 and
-`senses` of these.
+other arms' iterations. Of libero_spatial: four starts in development, seed 0 and its `senses`.
 """
 import sys
 from pathlib import Path
