@@ -11,8 +11,9 @@ The suite is libero_object or, with `--suite libero_spatial`, that one; scripted
 and `settings` are there to choose in fresh scenes, so that the stored states stay unseen; they use a seed of
 their own. LIBERO-Object has two seeds, LIBERO-Spatial one; `--seeds 0 1` chooses others. Results go to
 docs/results/whole_suite. So far only a part has run. Of libero_object: stage 2 in development, but for `ten`
-and `ten_long`, and half of `settings`; both seeds and `senses`, of the arm `plain`; the first six of the
-other arms' iterations. Of libero_spatial: four starts in development, seed 0 and its `senses`.
+and `ten_long`, and half of `settings`; both seeds of the arms `even` and `plain`, and `senses` of the second;
+the first six of the other arms' iterations. Of libero_spatial: four starts in development, seed 0 and its
+`senses`.
 """
 import sys
 from pathlib import Path
