@@ -9,7 +9,7 @@
 
 The suite is libero_object or, with `--suite libero_spatial`, that one; scripted experts demonstrate. `starts`
 and `settings` are there to choose in fresh scenes, so that the stored states stay unseen; they use a seed of
-their own. LIBERO-Object has two seeds, LIBERO-Spatial one; `--seeds 0 1` chooses others. Results go to
+their own. LIBERO-Object has two seeds and LIBERO-Spatial one, unless `--seeds` names others. Results go to
 docs/results/whole_suite. So far only a part has run. Of libero_object: stage 2 in development, but for `ten`
 and `ten_long`, and half of `settings`; both seeds of the arms `even` and `plain`, and `senses` of the second;
 the first six of the other arms' iterations. Of libero_spatial: four starts in development, seed 0 and its
@@ -48,7 +48,7 @@ STARTS = dict(one="--demos_per_task 1 --sft_steps 1000", two="--demos_per_task 2
               four_long="--demos_per_task 4 --sft_steps 2000", ten="--demos_per_task 10 --sft_steps 1000",
               ten_middle="--demos_per_task 10 --sft_steps 1500",
               ten_long="--demos_per_task 10 --sft_steps 2000")
-# Each of these has 500 to 2,000 rollouts and a learning rate that does not fall.
+# In all of these the learning rate does not fall.
 SHORT = ("--iterations 4 --eval_every 0 --anneal false --adam_beta1 0 --groups 20 --max_rejected 20 "
          "--minibatch 160")
 STEPS = "--minibatch 40 --clip_coef 0.9"
